@@ -1,0 +1,38 @@
+"""PyTorch layers whose weight is a small tensor network, and the converter that swaps them into a model."""
+
+from pathlib import Path as _Path
+
+__version__ = "0.1.0"
+
+# In a source checkout the kernels lie beside the package; installed, they are tensorlayers.kernels (see setup.cfg).
+_here = _Path(__file__).resolve().parent
+if not (_here / "kernels").is_dir():
+    __path__.append(str(_here.parent))
+
+from .convert import convert_model, plan_conversion, summarize, to_dense  # noqa: E402
+from .dispatch import use_kernels  # noqa: E402
+from .formats import BTT, CP, TT, Format, LowRank, Tucker  # noqa: E402
+from .layers import FactorizedLinear  # noqa: E402
+from .network import Mode, Network  # noqa: E402
+from .plan import ConversionPlan  # noqa: E402
+from .serialize import load_pretrained, save_pretrained  # noqa: E402
+
+__all__ = [
+    "BTT",
+    "CP",
+    "TT",
+    "ConversionPlan",
+    "FactorizedLinear",
+    "Format",
+    "LowRank",
+    "Mode",
+    "Network",
+    "Tucker",
+    "convert_model",
+    "load_pretrained",
+    "plan_conversion",
+    "save_pretrained",
+    "summarize",
+    "to_dense",
+    "use_kernels",
+]

@@ -1,0 +1,380 @@
+"""Decomposing dense weights: the guarded layer over TensorLy, sequential SVD, and least squares over the cores.
+
+What is guarded, because TensorLy does not: ranks are clamped by the caller, half precision is decomposed in
+float32, weights are normalised (regularisation is absolute there), random starts come from torch's generator, cores
+are balanced, and the result is finite or refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import tensorly
+import torch
+import torch.nn.functional as F
+from tensorly.decomposition import tucker as tensorly_tucker
+from torch import Tensor
+
+from . import contraction
+from .errors import DecompositionError
+from .network import Network
+
+_COMPONENT_BOUND = 3.0
+"""CP: the root sum of squares of the components' norms stays below this many times the tensor's norm."""
+
+_SWEEPS = 60
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """A factorized weight.
+
+    Parameters
+    ----------
+    network : Network
+    cores : tuple of Tensor
+        Shapes ``network.core_shapes``; the dtype and device of the weight; balanced: the slices of a bond have the
+        same norm on each core that carries it.
+    error : float
+        Relative error in Frobenius norm, ``||W - W_hat|| / ||W||``, of the cores as returned (rounding included).
+    """
+
+    network: Network
+    cores: tuple[Tensor, ...]
+    error: float
+
+
+def decompose_matrix(
+    weight: Tensor,  # (out_features, in_features)
+    network_of: Callable[[int, int], Network],
+    fill: Callable[[Tensor, Network], Sequence[Tensor]],
+) -> Decomposition:
+    """Guard a format's `fill`: check, widen, pad, normalise, fill, balance, scale back, cast, measure.
+
+    Parameters
+    ----------
+    weight : Tensor
+        Shape (out_features, in_features), floating point. float16 and bfloat16 are decomposed in float32.
+    network_of : callable
+        (out_features, in_features) -> Network.
+    fill : callable
+        (dense of shape network.shape and norm 1, network) -> cores.
+
+    Returns
+    -------
+    Decomposition
+
+    Raises
+    ------
+    DecompositionError
+        If the weight is no floating-point matrix with values, is empty, or has NaN or infinite entries; or if the
+        cores came out not finite in the weight's dtype.
+    """
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise DecompositionError(f"weight {tuple(weight.shape)}: a non-empty matrix (out_features, in_features)")
+    if not weight.is_floating_point():
+        raise DecompositionError(f"weight: a floating-point dtype; got {weight.dtype}")
+    if weight.is_meta:
+        raise DecompositionError("weight: it is on the meta device, without values to decompose")
+    network = network_of(*weight.shape)
+    matrix = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    bad = int((~torch.isfinite(matrix)).sum())
+    if bad:
+        raise DecompositionError(f"weight {tuple(weight.shape)}: every entry is finite; {bad} are NaN or infinite")
+    # The largest entry first: squares of 1e-30 underflow, of 1e30 overflow.
+    scale = float(matrix.abs().max())
+    if scale > 0:
+        matrix = matrix / scale
+        norm = float(torch.linalg.vector_norm(matrix))
+        matrix, scale = matrix / norm, scale * norm
+        padding = (0, network.features("in") - matrix.shape[1], 0, network.features("out") - matrix.shape[0])
+        cores = list(fill(F.pad(matrix, padding).reshape(network.shape), network))
+        contraction.check_cores(network, cores)
+        # A root for each core, not the power at once: 1e-30 has no float32 square.
+        cores = [core * scale ** (1 / len(cores)) for core in balance(network, cores)]
+    else:
+        cores = _zero(network, matrix)
+    cast = tuple(core.to(weight.dtype).contiguous() for core in cores)
+    if not all(bool(torch.isfinite(core).all()) for core in cast):
+        raise DecompositionError(f"weight {tuple(weight.shape)}: the cores are not finite in {weight.dtype}")
+    return Decomposition(network, cast, _relative_error(matrix, network, cast, scale))
+
+
+def _relative_error(unit: Tensor, network: Network, cores: Sequence[Tensor], scale: float) -> float:
+    """The error of the cores against a matrix of norm 1 that was scaled by `scale`."""
+    if scale == 0:
+        return 0.0
+    root = scale ** (1 / len(cores))
+    dense = contraction.to_dense(network, [core.to(unit.dtype) / root for core in cores])
+    dense = dense.reshape(network.features("out"), network.features("in"))[: unit.shape[0], : unit.shape[1]]
+    return float(torch.linalg.vector_norm(unit - dense, dtype=torch.float64))
+
+
+def _zero(network: Network, like: Tensor) -> list[Tensor]:
+    """Cores of a zero weight: random but for one zero core, so that gradients still reach it."""
+    cores = [torch.randn(shape, dtype=like.dtype, device=like.device) for shape in network.core_shapes[:-1]]
+    cores = [core / torch.linalg.vector_norm(core) for core in cores]
+    return [*cores, torch.zeros(network.core_shapes[-1], dtype=like.dtype, device=like.device)]
+
+
+def balance(network: Network, cores: Sequence[Tensor], sweeps: int = 20) -> list[Tensor]:
+    """Give the slices of each bond the same norm on every core that carries it; the dense weight is unchanged.
+
+    Unbalanced cores make fine-tuning diverge: their gradients differ by the ratio of their norms. Slices that are
+    zero on one core are left as they are.
+
+    Parameters
+    ----------
+    network : Network
+    cores : sequence of Tensor
+        Shapes ``network.core_shapes``.
+    sweeps : int
+        Passes over the bonds; they interact where a core carries several.
+
+    Returns
+    -------
+    list of Tensor
+    """
+    cores = list(cores)
+    for _ in range(sweeps if len(network.bonds) > 1 else 1):
+        largest = 0.0
+        for bond in network.bonds:
+            carriers = [(k, core.index(bond)) for k, core in enumerate(network.cores) if bond in core]
+            norms = torch.stack(
+                [torch.linalg.vector_norm(cores[k].movedim(axis, 0).flatten(1), dim=1) for k, axis in carriers]
+            )
+            alive = (norms > 0).all(dim=0)
+            logs = torch.where(alive, norms, torch.ones_like(norms)).log()
+            shift = logs.mean(dim=0) - logs
+            largest = max(largest, float(shift.abs().max()))
+            for (k, axis), factor in zip(carriers, shift.exp(), strict=True):
+                shape = [1] * cores[k].dim()
+                shape[axis] = -1
+                cores[k] = cores[k] * factor.reshape(shape)
+        if largest < 1e-3:
+            break
+    return cores
+
+
+def sequential_svd(dense: Tensor, network: Network) -> list[Tensor]:
+    """Fill a chain of cores by truncated SVDs, one bond after the other (TT-SVD, and its block form).
+
+    At each core, its modes that also sit on later cores are a batch: each of their values has an SVD of its own.
+    One bond joins each core to the next. Exact where no rank truncates; optimal for one bond, and within
+    sqrt(bonds) of the optimum otherwise.
+
+    Parameters
+    ----------
+    dense : Tensor
+        Shape ``network.shape``.
+    network : Network
+        Every core but the last brings in one new bond.
+
+    Returns
+    -------
+    list of Tensor
+        Shapes ``network.core_shapes``.
+
+    References
+    ----------
+    Oseledets 2011, Tensor-train decomposition, algorithm 1.
+    """
+    names = [mode.name for mode in network.modes]
+    rest, cores = dense, []
+    for position, core in enumerate(network.cores[:-1]):
+        later = {index for other in network.cores[position + 1 :] for index in other}
+        (bond,) = [index for index in core if index not in names]
+        batch = [index for index in core if index in names and index in later]
+        rows = [index for index in core if index in names and index not in later]
+        columns = [index for index in names if index not in core]
+        sizes = network.size
+        rest = rest.permute([names.index(index) for index in (*batch, *rows, *columns)])
+        rest = rest.reshape(
+            math.prod(sizes[index] for index in batch),
+            math.prod(sizes[index] for index in rows),
+            math.prod(sizes[index] for index in columns),
+        )
+        rank = sizes[bond]
+        left, values, right = torch.linalg.svd(rest, full_matrices=False)
+        left, right = left[..., :rank], values[..., :rank, None] * right[..., :rank, :]
+        order = [*batch, *rows, bond]
+        left = left.reshape([sizes[index] for index in order])
+        cores.append(left.permute([order.index(index) for index in core]))
+        names = [*batch, bond, *columns]
+        rest = right.reshape([sizes[index] for index in names])
+    return [*cores, rest.permute([names.index(index) for index in network.cores[-1]])]
+
+
+def tucker(dense: Tensor, ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """TensorLy's higher-order orthogonal iteration.
+
+    Parameters
+    ----------
+    dense : Tensor
+        Shape (n_1, ..., n_d), norm 1.
+    ranks : sequence of int
+        One a mode, each at most its size and at most the product of the others: beyond, TensorLy 0.10 returns
+        garbage without a word.
+
+    Returns
+    -------
+    core : Tensor
+        Shape `ranks`.
+    factors : list of Tensor
+        Shapes (n_k, r_k), orthonormal columns.
+    """
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        core, factors = tensorly_tucker(dense, rank=list(ranks), n_iter_max=10, tol=_TOLERANCE)
+    return core, list(factors)
+
+
+def cp(dense: Tensor, network: Network) -> list[Tensor]:
+    """CP by alternating least squares, on the Tucker-compressed tensor where that is smaller.
+
+    At the largest useful rank the decomposition is written down, not fitted. The components' norms are bounded
+    (degenerate fits have huge components that cancel): a fit beyond the bound is repeated with more ridge.
+
+    Parameters
+    ----------
+    dense : Tensor
+        Shape ``network.shape``, norm 1.
+    network : Network
+        One core (mode, bond) a mode.
+
+    Returns
+    -------
+    list of Tensor
+        Shapes (n_k, R).
+
+    References
+    ----------
+    Kolda and Bader 2009, section 3.4; Phan et al. 2020, Stable low-rank tensor decomposition (the bound).
+    """
+    (rank,) = network.ranks
+    if rank >= network.rank_limit(network.bonds[0]):
+        return _cp_exact(dense)
+    small = tuple(min(size, rank) for size in dense.shape)
+    compressed, bases = (dense, None) if small == tuple(dense.shape) else tucker(dense, _multilinear(small))
+    modes = tuple(replace(mode, size=size) for mode, size in zip(network.modes, compressed.shape, strict=True))
+    inner = Network(network.cores, ((network.bonds[0], rank),), modes)
+    start = balance(inner, [_leading(compressed, k, rank) for k in range(compressed.dim())])
+    ridge = 1e-7
+    while True:
+        cores, _ = least_squares(inner, compressed, start, ridge=ridge)
+        norms = torch.stack([torch.linalg.vector_norm(core, dim=0) for core in cores]).prod(dim=0)
+        if float(torch.linalg.vector_norm(norms)) <= _COMPONENT_BOUND or ridge > 1:
+            break
+        ridge *= 30
+    if bases is None:
+        return cores
+    return [basis @ core for basis, core in zip(bases, cores, strict=True)]
+
+
+def _multilinear(ranks: Sequence[int]) -> tuple[int, ...]:
+    """Clamp a multilinear rank: no entry exceeds the product of the others."""
+    clamped = list(ranks)
+    for k in range(len(clamped)):
+        clamped[k] = min(clamped[k], math.prod(clamped[:k] + clamped[k + 1 :]))
+    return tuple(clamped)
+
+
+def _leading(dense: Tensor, k: int, rank: int) -> Tensor:
+    """The leading left singular vectors of the mode-k unfolding, and random unit columns where there are too few."""
+    unfolding = dense.movedim(k, 0).flatten(1)
+    vectors = torch.linalg.svd(unfolding, full_matrices=False)[0][:, :rank]
+    # TensorLy's own initialisation takes a seed of its own and ignores torch's generator; torch.randn is seeded by it.
+    missing = (dense.shape[k], rank - vectors.shape[1])
+    return torch.cat([vectors, F.normalize(torch.randn(missing, dtype=dense.dtype, device=dense.device), dim=0)], dim=1)
+
+
+def _cp_exact(dense: Tensor) -> list[Tensor]:
+    """Write a tensor as CP: the factor of the largest mode is its unfolding, the others are one-hot."""
+    largest = max(range(dense.dim()), key=lambda k: dense.shape[k])
+    others = [k for k in range(dense.dim()) if k != largest]
+    unfolding = dense.movedim(largest, 0).flatten(1)
+    grid = torch.cartesian_prod(*(torch.arange(dense.shape[k], device=dense.device) for k in others))
+    grid = grid.reshape(unfolding.shape[1], len(others))
+    factors: list[Tensor] = [unfolding] * dense.dim()
+    for column, k in enumerate(others):
+        factors[k] = F.one_hot(grid[:, column], dense.shape[k]).T.to(dense.dtype)
+    return factors
+
+
+def least_squares(
+    network: Network,
+    dense: Tensor,  # shape network.shape, norm 1
+    cores: Sequence[Tensor],  # shapes network.core_shapes
+    *,
+    ridge: float = 1e-7,
+    sweeps: int = _SWEEPS,
+    tolerance: float = _TOLERANCE,
+) -> tuple[list[Tensor], float]:
+    r"""Alternating least squares over the cores of any network.
+
+    The dense weight is linear in each core: for core k, :math:`\min_X \|W - E_k X\|^2 + \lambda \|X\|^2`, where
+    the environment :math:`E_k` contracts the other cores. Its normal equations follow from the index names.
+
+    Parameters
+    ----------
+    network : Network
+    dense : Tensor
+    cores : sequence of Tensor
+        The start.
+    ridge : float
+        :math:`\lambda`, relative to the mean diagonal of the normal matrix.
+    sweeps : int
+        The most passes over the cores.
+    tolerance : float
+        Stop where a sweep explains less than this fraction more of the squared norm. (Of trained weights an extreme
+        compression explains a few per cent: the error itself hardly moves while the fit doubles.)
+
+    Returns
+    -------
+    list of Tensor, float
+        The cores, and their relative error.
+    """
+    cores = list(cores)
+    error = math.inf
+    for _ in range(sweeps):
+        before = error
+        for k in range(len(cores)):
+            cores[k], error = _solve_core(network, dense, cores, k, ridge)
+        cores = balance(network, cores)
+        if before**2 - error**2 <= tolerance * (1 - error**2):
+            break
+    return cores, error
+
+
+def _solve_core(network: Network, dense: Tensor, cores: Sequence[Tensor], k: int, ridge: float) -> tuple[Tensor, float]:
+    """The best core k with the others fixed, and the relative error then."""
+    target = network.cores[k]
+    others = [(names, core) for j, (names, core) in enumerate(zip(network.cores, cores, strict=True)) if j != k]
+    elsewhere = {index for names, _ in others for index in names}
+    free = [mode.name for mode in network.modes]
+    batch = [index for index in target if index in free and index in elsewhere]
+    own = [index for index in target if index in free and index not in elsewhere]
+    bonds = [index for index in target if index not in free]
+    copy = {bond: f"{bond}'" for bond in network.bonds}
+    copies = [tuple(copy.get(index, index) for index in names) for names, _ in others]
+    sizes = {**network.size, **{copy[bond]: network.size[bond] for bond in network.bonds}}
+    tensors = [core for _, core in others]
+    names = [names for names, _ in others]
+    right = contraction.contract((tuple(free), *names), (*batch, *bonds, *own), (dense, *tensors), sizes)
+    gram = contraction.contract(
+        (*names, *copies), (*batch, *bonds, *(copy[bond] for bond in bonds)), (*tensors, *tensors), sizes
+    )
+    count = math.prod(sizes[index] for index in batch)
+    size = math.prod(sizes[index] for index in bonds)
+    right = right.reshape(count, size, -1).double()
+    gram = gram.reshape(count, size, size).double()
+    # Where a whole block of the environment vanished its mean is 0, and the ridge must still be positive.
+    mean = gram.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(torch.finfo(dense.dtype).tiny)
+    gram_ridge = gram + (ridge * mean)[:, None, None] * torch.eye(size, dtype=gram.dtype, device=gram.device)
+    solution = torch.linalg.solve_ex(gram_ridge, right)[0]
+    squared = 1 - 2 * (solution * right).sum() + (solution * (gram @ solution)).sum()
+    order = [*batch, *bonds, *own]
+    core = solution.to(dense.dtype).reshape([sizes[index] for index in order])
+    return core.permute([order.index(index) for index in target]), float(squared.clamp_min(0).sqrt())

@@ -1,0 +1,201 @@
+"""Format: the user's choices (rank, order, modes) and the two methods that make a format; and the registry."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .. import tensorize
+from ..decompose import Decomposition, decompose_matrix
+from ..errors import FormatError
+from ..network import Mode, Network, linear_modes
+from ..rank import Rank, resolve, validate
+
+_REGISTRY: dict[str, type[Format]] = {}
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """A way to factorize a dense weight.
+
+    A new format is a frozen dataclass with a `name` and two methods, `layout` and `fill`; defining it registers it.
+
+    Parameters
+    ----------
+    rank : int, float or tuple of int
+        One rank for all bonds; a fraction of the layer's weight parameters, in (0, 1]; or one rank a bond, in the
+        order of ``network.bonds``. Ranks above the largest useful one are clamped.
+    in_modes, out_modes : tuple of int, optional
+        How the in / out features are tensorized. Their product is at least the number of features; the excess is
+        padding. By default the format chooses.
+
+    Raises
+    ------
+    RankError, ModeError, FormatError
+        Where a choice is out of its range.
+    """
+
+    rank: Rank
+    in_modes: tuple[int, ...] | None = field(default=None, kw_only=True)
+    out_modes: tuple[int, ...] | None = field(default=None, kw_only=True)
+
+    name: ClassVar[str]
+    """The format's name in files and on the command line."""
+    order: ClassVar[int] = 1
+    """Modes a side where the user gives none; a field in the formats where it can be chosen."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            _REGISTRY[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rank", validate(self.rank, type(self).__name__))
+        for side in ("in_modes", "out_modes"):
+            modes = getattr(self, side)
+            if modes is not None:
+                object.__setattr__(self, side, tensorize.validate_modes(modes, side))
+        if isinstance(self.order, bool) or not isinstance(self.order, int) or self.order < 1:
+            raise FormatError(f"{type(self).__name__}: an order is an integer of at least 1; got {self.order!r}")
+
+    def __str__(self) -> str:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+
+    @abstractmethod
+    def layout(self, modes: Sequence[Mode]) -> tuple[tuple[str, ...], ...]:
+        """Say which index sits on which core.
+
+        Parameters
+        ----------
+        modes : sequence of Mode
+            The modes of the dense weight.
+
+        Returns
+        -------
+        tuple of tuple of str
+            The index names of each core. A name that is no mode is a bond.
+        """
+
+    @abstractmethod
+    def fill(self, dense: Tensor, network: Network) -> list[Tensor]:
+        """Compute the cores from a dense tensor.
+
+        Parameters
+        ----------
+        dense : Tensor
+            Shape ``network.shape``; float32 or float64, finite, of Frobenius norm 1.
+        network : Network
+
+        Returns
+        -------
+        list of Tensor
+            Shapes ``network.core_shapes``. They need not be balanced: the caller does that.
+        """
+
+    def default_modes(self, size: int, role: str) -> tuple[int, ...]:
+        """The modes that a dimension is tensorized with where the user gives none: balanced ones."""
+        return tensorize.balanced_modes(size, self.order)
+
+    def network(self, out_features: int, in_features: int) -> Network:
+        """The network of a linear layer of this shape. See `resolve` for the notes on clamped ranks."""
+        return self.resolve(out_features, in_features)[0]
+
+    def resolve(self, out_features: int, in_features: int) -> tuple[Network, tuple[str, ...]]:
+        """The network of a linear layer of this shape, and the notes on what was clamped.
+
+        Raises
+        ------
+        RankError, ModeError, FormatError
+            Where the rank or the modes do not fit the shape.
+        """
+        sides = []
+        for role, size, given in (("out", out_features, self.out_modes), ("in", in_features, self.in_modes)):
+            if given is None:
+                sides.append(self.default_modes(size, role))
+            else:
+                sides.append(tensorize.check_modes(given, size, f"{role}_modes"))
+        modes = linear_modes(*sides)
+        cores = self.layout(modes)
+        free = {mode.name for mode in modes}
+        bonds = tuple((index, 1) for index in dict.fromkeys(chain(*cores)) if index not in free)
+        if not bonds:
+            raise FormatError(f"{self}: modes {sides[0]} x {sides[1]} give a network without a bond, the dense weight")
+        return resolve(Network(cores, bonds, modes), self.rank, out_features * in_features, type(self).__name__)
+
+    def decompose(self, weight: Tensor) -> Decomposition:
+        """Factorize a dense matrix of shape (out_features, in_features).
+
+        Returns
+        -------
+        Decomposition
+            The network, balanced cores in the dtype of `weight`, and their relative error.
+
+        Raises
+        ------
+        DecompositionError
+            If the weight is no finite floating-point matrix.
+        RankError, ModeError, FormatError
+            Where rank or modes do not fit the shape.
+        """
+        return decompose_matrix(weight, lambda out, columns: self.network(out, columns), self.fill)
+
+    def pin(self, network: Network) -> Format:
+        """This format with every choice written out, so that it gives `network` whatever the defaults become."""
+        return dataclasses.replace(
+            self, rank=network.ranks, in_modes=network.mode_sizes("in"), out_modes=network.mode_sizes("out")
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The format as plain data for JSON; `from_dict` undoes it."""
+        options = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return {"name": self.name, **options}
+
+
+def available() -> dict[str, type[Format]]:
+    """The registered formats by name."""
+    return dict(_REGISTRY)
+
+
+def get(name: str) -> type[Format]:
+    """The format of a name.
+
+    Raises
+    ------
+    FormatError
+        If there is none.
+    """
+    if name not in _REGISTRY:
+        raise FormatError(f"format {name!r}: one of {', '.join(sorted(_REGISTRY))}")
+    return _REGISTRY[name]
+
+
+def from_dict(data: Mapping[str, Any]) -> Format:
+    """Read a format from plain data, as `Format.to_dict` wrote it.
+
+    Raises
+    ------
+    FormatError
+        If the name is unknown or an option is unknown or missing.
+    """
+    if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
+        raise FormatError(f"format {data!r}: an object with a name")
+    cls = get(data["name"])
+    fields = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - fields - {"name"})
+    if unknown:
+        raise FormatError(f"format {data['name']!r}: options are {', '.join(sorted(fields))}; got {', '.join(unknown)}")
+    if "rank" not in data:
+        raise FormatError(f"format {data['name']!r}: a rank is needed")
+    return cls(**{name: value for name, value in data.items() if name != "name"})
+
+
+def names_by_role(modes: Sequence[Mode], role: str) -> list[str]:
+    """The names of the modes of one role, in order."""
+    return [mode.name for mode in modes if mode.role == role]

@@ -1,0 +1,179 @@
+"""Finding the layers of a model that can be factorized, and what stands in the way of the others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from .errors import ConversionError
+from .formats import Format
+from .layers import FactorizedLayer, layer_types
+
+Choice = Mapping[str, "Format | None"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layer of a kind that can be factorized.
+
+    Parameters
+    ----------
+    name : str
+        Its first name in the model; `aliases` are the others, where the module is shared.
+    aliases : tuple of str
+    module : nn.Module
+    kind : str
+        The dense kind.
+    layer : type
+        The factorized layer that can replace it.
+    obstacle : str
+        Why it must stay dense all the same; empty if nothing does.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    module: nn.Module
+    kind: str
+    layer: type[FactorizedLayer]
+    obstacle: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The dense weight's shape; empty where it has none yet (lazy) or hides it (quantized)."""
+        weight = getattr(self.module, "weight", None)
+        if isinstance(self.module, LazyModuleMixin) or not isinstance(weight, Tensor):
+            return ()
+        return self.layer.dense_shape(self.module)
+
+
+def scan(model: nn.Module) -> list[Found]:
+    """List the layers of a model that are of a kind that can be factorized, in the order of its modules."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    tied = _tied(model)
+    read_by_torch = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    found = []
+    for name, module in model.named_modules():
+        for layer in layer_types():
+            kind = layer.matches(module) or _quantized_kind(module)
+            if kind is None:
+                continue
+            obstacle = _obstacle(name, module, tied)
+            if id(module) in read_by_torch:
+                obstacle = obstacle or "nn.MultiheadAttention reads its weight itself"
+            aliases = tuple(other for other in names[id(module)] if other != name)
+            found.append(Found(name, aliases, module, kind, layer, obstacle))
+            break
+    return found
+
+
+def _obstacle(name: str, module: nn.Module, tied: Mapping[int, list[str]]) -> str:
+    if isinstance(module, LazyModuleMixin):
+        return "lazy: it has no shape before its first forward"
+    if _quantized_kind(module):
+        return "quantized"
+    if parametrize.is_parametrized(module) or "weight" not in module._parameters or module._modules:
+        return "parametrized: its weight is computed from other tensors"
+    if set(module._parameters) - {"weight", "bias"}:
+        return f"parametrized: it has {', '.join(sorted(set(module._parameters) - {'weight', 'bias'}))}"
+    weight = module._parameters["weight"]
+    if weight is None or not weight.is_floating_point() or type(weight.data) is not Tensor:
+        return "quantized: its weight is no plain floating-point tensor"
+    if id(weight) in tied:
+        own_name = f"{name}.weight" if name else "weight"
+        return f"tied with {', '.join(other for other in tied[id(weight)] if other != own_name)}"
+    own = type(module).forward
+    if "forward" in module.__dict__ or (isinstance(module, nn.Linear) and own is not nn.Linear.forward):
+        return f"parametrized: {type(module).__name__} replaces the forward"
+    return ""
+
+
+def _quantized_kind(module: nn.Module) -> str | None:
+    name = type(module).__name__
+    quantized = re.search(r"\bquant|\bqat\b|\bao\b|bitsandbytes|gptq|awq", type(module).__module__)
+    return name if quantized and "Linear" in name and "Quantizable" not in name else None
+
+
+def _tied(model: nn.Module) -> dict[int, list[str]]:
+    """Parameters that are used under several names or that overlap in memory -> where else they are used.
+
+    Names of one module that is itself shared do not count. Memory is compared by ranges: weights that were loaded
+    from one file may lie in one storage without being tied.
+    """
+    owners: dict[int, list[str]] = {}
+    spans: list[tuple[str, int, int, int]] = []
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or isinstance(parameter, nn.parameter.UninitializedParameter):
+                continue
+            owners.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
+            plain = type(parameter.data) is Tensor and parameter.layout == torch.strided and not parameter.is_meta
+            if len(owners[id(parameter)]) == 1 and plain and parameter.numel():
+                extent = sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True)) + 1
+                start = parameter.data_ptr()
+                spans.append((str(parameter.device), start, start + extent * parameter.element_size(), id(parameter)))
+    tied = {key: names for key, names in owners.items() if len(names) > 1}
+    for (device, _, end, first), (other, start, _, second) in pairwise(sorted(spans)):
+        if device == other and start < end:
+            tied.setdefault(first, owners[first] + owners[second])
+            tied.setdefault(second, owners[first] + owners[second])
+    return tied
+
+
+def choose(formats: Format | Choice, found: list[Found], model: nn.Module) -> dict[str, Format | str | None]:
+    """Which format each layer gets: the first matching key of a mapping, ``"*"`` last; ``""`` where none matches.
+
+    Parameters
+    ----------
+    formats : Format, or mapping
+        Keys: an exact name, ``re:`` and a pattern that matches the whole name, or ``"*"``. Values: a format, or
+        None to leave the layer dense.
+
+    Raises
+    ------
+    ConversionError
+        If a key matches no layer, a pattern is no regular expression, or a value is no format.
+    """
+    if isinstance(formats, Format):
+        formats = {"*": formats}
+    if not isinstance(formats, Mapping) or not formats:
+        raise ConversionError(
+            f"formats: a format such as LowRank(0.5), or a mapping of names to those; got {formats!r}"
+        )
+    for key, value in formats.items():
+        if not isinstance(key, str) or not (value is None or isinstance(value, Format)):
+            raise ConversionError(f"formats[{key!r}]: a string key, and a format or None; got {value!r}")
+    keys = sorted(formats, key=lambda key: key == "*")
+    used = {key: key == "*" for key in keys}
+    chosen: dict[str, Format | str | None] = {}
+    for layer in found:
+        chosen[layer.name] = ""
+        hits = [key for key in keys if any(_key_matches(key, name) for name in (layer.name, *layer.aliases))]
+        used.update(dict.fromkeys(hits, True))
+        if hits:
+            chosen[layer.name] = formats[hits[0]]
+    for key in keys:
+        if not used[key]:
+            modules = dict(model.named_modules(remove_duplicate=False))
+            kind = f": {key!r} is a {type(modules[key]).__name__}" if key in modules else ""
+            raise ConversionError(f"formats[{key!r}]: a key matches at least one layer that can be factorized{kind}")
+    return chosen
+
+
+def _key_matches(key: str, name: str) -> bool:
+    if key == "*":
+        return True
+    if not key.startswith("re:"):
+        return key == name
+    try:
+        return re.fullmatch(key[3:], name) is not None
+    except re.error as error:
+        raise ConversionError(f"formats[{key!r}]: not a regular expression: {error}") from None

@@ -1,0 +1,153 @@
+"""Choosing the modes that split a dimension (4096 -> (64, 64)), and padding what does not split well (primes)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from numbers import Integral
+
+from .errors import ModeError
+
+# What an imbalance of one more factor of 2 between largest and smallest mode is worth, as a fraction of padding.
+_IMBALANCE = 0.05
+
+
+@lru_cache(maxsize=4096)
+def balanced_modes(size: int, order: int) -> tuple[int, ...]:
+    """Split a dimension into `order` modes as equal as can be, in ascending order.
+
+    A size that has such a split exactly gets it; another (50257 is prime) is padded to the next that has one.
+    Modes within a factor of 2 of each other count as equal; beyond that padding and imbalance are weighed.
+
+    Parameters
+    ----------
+    size : int
+        At least 1.
+    order : int
+        Number of modes, at least 1.
+
+    Returns
+    -------
+    tuple of int
+        Their product is `size` or slightly above.
+
+    Examples
+    --------
+    >>> balanced_modes(768, 2), balanced_modes(4096, 3), balanced_modes(17, 2)
+    ((24, 32), (16, 16, 16), (3, 6))
+    >>> import math
+    >>> math.prod(balanced_modes(50257, 2))
+    50274
+    """
+    _check(size, order)
+    best: tuple[float, tuple[int, ...]] | None = None
+    padded = size
+    while best is None or padded / size - 1 < best[0]:
+        modes = _most_equal(padded, order)
+        score = padded / size - 1 + _IMBALANCE * max(0.0, math.log2(modes[-1] / modes[0]) - 1)
+        if best is None or score < best[0]:
+            best = (score, modes)
+        padded += 1
+    return best[1]
+
+
+@lru_cache(maxsize=4096)
+def skewed_modes(size: int, order: int, inner: int = 128) -> tuple[int, ...]:
+    """Split a dimension into small outer modes and one large inner mode, the last.
+
+    Block tensor train multiplies batches of blocks; blocks at least `inner` wide keep a matrix product efficient.
+    With two modes the outer one is about 4 (768 -> (4, 192)); with more, each outer mode is 2.
+
+    Parameters
+    ----------
+    size, order : int
+    inner : int
+        The width that the last mode keeps where `size` allows it.
+
+    Returns
+    -------
+    tuple of int
+        Their product is `size` or, where that is odd or prime, slightly above.
+
+    Examples
+    --------
+    >>> skewed_modes(768, 2), skewed_modes(384, 2), skewed_modes(3072, 3), skewed_modes(17, 2)
+    ((4, 192), (3, 128), (2, 2, 768), (2, 9))
+    """
+    _check(size, order)
+    if order == 1:
+        return (size,)
+    outer = (2,) * (order - 1)
+    if order == 2:
+        fitting = [block for block in (4, 3, 2) if size % block == 0 and size // block >= inner]
+        outer = (fitting[0],) if fitting else outer
+    return (*outer, -(-size // math.prod(outer)))
+
+
+def check_modes(modes: Sequence[int], size: int, what: str) -> tuple[int, ...]:
+    """Validate modes that a user gave for a dimension.
+
+    Raises
+    ------
+    ModeError
+        If there is none, one is no integer or below 1, or their product is below `size`.
+    """
+    modes = validate_modes(modes, what)
+    if math.prod(modes) < size:
+        raise ModeError(f"{what} {modes}: the product is at least {size}, the dimension; got {math.prod(modes)}")
+    return modes
+
+
+def validate_modes(modes: Sequence[int], what: str) -> tuple[int, ...]:
+    """Check the type and range of modes, without knowing the dimension."""
+    if isinstance(modes, str) or not isinstance(modes, Sequence) or not modes:
+        raise ModeError(f"{what} {modes!r}: a non-empty tuple of integers")
+    for entry in modes:
+        if isinstance(entry, bool) or not isinstance(entry, Integral) or entry < 1:
+            raise ModeError(f"{what} {tuple(modes)}: every mode is an integer of at least 1; got {entry!r}")
+    return tuple(int(entry) for entry in modes)
+
+
+def boxes(size: int, modes: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """Cover the first `size` values of a tensorized dimension by disjoint boxes, one slice a mode.
+
+    Padding is not a product of ranges over the modes, but it is what remains of at most ``len(modes)`` of them.
+
+    Examples
+    --------
+    >>> list(boxes(5, (2, 3)))
+    [(slice(0, 1, None), slice(0, 3, None)), (slice(1, 2, None), slice(0, 2, None))]
+    """
+    prefix: tuple[slice, ...] = ()
+    for position in range(len(modes)):
+        stride = math.prod(modes[position + 1 :])
+        whole, size = divmod(size, stride)
+        if whole:
+            yield (*prefix, slice(0, whole), *(slice(0, n) for n in modes[position + 1 :]))
+        if not size:
+            return
+        prefix = (*prefix, slice(whole, whole + 1))
+
+
+def _check(size: int, order: int) -> None:
+    if size < 1:
+        raise ModeError(f"dimension {size}: at least 1")
+    if order < 1:
+        raise ModeError(f"order {order}: at least 1 mode")
+
+
+def _most_equal(size: int, order: int) -> tuple[int, ...]:
+    """The ascending factorization of `size` into `order` factors with the smallest ratio of largest to smallest."""
+    small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
+
+    def factorizations(rest: int, lowest: int, count: int) -> Iterator[tuple[int, ...]]:
+        if count == 1:
+            yield (rest,)
+            return
+        for factor in small:
+            if factor >= lowest and factor**count <= rest and rest % factor == 0:
+                for tail in factorizations(rest // factor, factor, count - 1):
+                    yield (factor, *tail)
+
+    return min(factorizations(size, 1, order), key=lambda modes: modes[-1] / modes[0])
