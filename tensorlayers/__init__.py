@@ -11,6 +11,18 @@ if not (_here / "kernels").is_dir():
 
 from .convert import convert_model, plan_conversion, summarize, to_dense  # noqa: E402
 from .dispatch import use_kernels  # noqa: E402
+from .errors import (  # noqa: E402
+    CheckpointError,
+    ConversionError,
+    DecompositionError,
+    FormatError,
+    KernelError,
+    ModeError,
+    NetworkError,
+    RankError,
+    ReadOnlyWeightError,
+    TensorlayersError,
+)
 from .formats import BTT, CP, TT, Format, LowRank, Tucker  # noqa: E402
 from .layers import FactorizedLinear  # noqa: E402
 from .network import Mode, Network  # noqa: E402
@@ -21,12 +33,22 @@ __all__ = [
     "BTT",
     "CP",
     "TT",
+    "CheckpointError",
+    "ConversionError",
     "ConversionPlan",
+    "DecompositionError",
     "FactorizedLinear",
     "Format",
+    "FormatError",
+    "KernelError",
     "LowRank",
     "Mode",
+    "ModeError",
     "Network",
+    "NetworkError",
+    "RankError",
+    "ReadOnlyWeightError",
+    "TensorlayersError",
     "Tucker",
     "convert_model",
     "load_pretrained",

@@ -15,7 +15,7 @@ from .cost import SLOWER
 from .errors import ConversionError, RankError, TensorlayersError
 from .formats import Format
 from .layers import FactorizedLayer, layer_type
-from .plan import ConversionPlan, Entry
+from .plan import ConversionPlan, Entry, entry_of
 from .scan import Choice, Found, choose, scan
 
 _HOOKS = (
@@ -124,7 +124,8 @@ def convert_model(
         plan = formats
     else:
         plan = plan_conversion(model, formats, where=where, force=force, errors=False)
-        _warn(plan)
+        if plan.advice:
+            warnings.warn(f"{plan.advice}. force=True converts them all the same", stacklevel=2)
     found = {layer.name: layer for layer in scan(model)}
     for entry in plan:
         _check(entry, found)
@@ -171,15 +172,7 @@ def summarize(model: nn.Module) -> ConversionPlan:
     total = _parameters(model)
     for name, module in model.named_modules():
         if isinstance(module, FactorizedLayer):
-            base = Entry(
-                name=name,
-                kind=module.source,
-                shape=module.weight_shape,
-                layer=module.kind,
-                parameters=(module.dense_parameters, module.dense_parameters),
-                aliases=tuple(names[id(module)][1:]),
-            )
-            entries[name] = replace(base.with_format(module.format.pin(module.network)), error=module.error)
+            entries[name] = entry_of(name, module, tuple(names[id(module)][1:]))
             total += module.dense_parameters - module.network.num_parameters
     order = [name for name, _ in model.named_modules()]
     return ConversionPlan(sorted(entries.values(), key=lambda entry: order.index(entry.name)), total, "summary")
@@ -223,22 +216,6 @@ def _decide(
     if ratio > SLOWER and not force:
         return entry.dense(f"predicted slower: {ratio:.2f} x the MACs")
     return converted
-
-
-def _warn(plan: ConversionPlan) -> None:
-    slower = [entry for entry in plan if entry.reason.startswith("predicted slower")]
-    larger = [entry for entry in plan if entry.reason.startswith("nothing saved")]
-    parts = [
-        f"{len(group)} {what} (e.g. {group[0].name or 'the model'}: {group[0].reason})"
-        for group, what in ((slower, "would be slower"), (larger, "would save nothing"))
-        if group
-    ]
-    if parts:
-        warnings.warn(
-            f"{len(slower) + len(larger)} of {len(plan)} layers stay dense: {'; '.join(parts)}. "
-            f"force=True converts them all the same; plan_conversion() shows each",
-            stacklevel=3,
-        )
 
 
 def _check(entry: Entry, found: Mapping[str, Found]) -> None:

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from .errors import ConversionError, TensorlayersError
 from .formats import Format, from_dict
-from .layers import layer_type
+from .layers import FactorizedLayer, layer_type
 from .network import Network
 
 VERSION = 1
@@ -107,6 +109,13 @@ class Entry:
         )
 
 
+def entry_of(name: str, layer: FactorizedLayer, aliases: tuple[str, ...] = ()) -> Entry:
+    """The entry of a layer that is factorized already."""
+    size = layer.dense_parameters
+    entry = Entry(name, layer.source, layer.weight_shape, layer.kind, parameters=(size, size), aliases=aliases)
+    return replace(entry.with_format(layer.format.pin(layer.network)), error=layer.error)
+
+
 def _padding(network: Network, shape: tuple[int, ...]) -> Iterator[str]:
     for role, size in zip(("out", "in"), shape, strict=False):
         if network.features(role) > size:
@@ -190,6 +199,17 @@ class ConversionPlan:
         """MACs a row of the layers listed, before and after."""
         return sum(entry.macs[0] for entry in self), sum(entry.macs[1] for entry in self)
 
+    @property
+    def advice(self) -> str:
+        """How many layers stay dense because converting them would not pay, and why; empty where there are none."""
+        groups = []
+        for reason, what in (("predicted slower", "would be slower"), ("nothing saved", "would save nothing")):
+            group = [entry for entry in self if entry.reason.startswith(reason)]
+            if group:
+                groups.append(f"{len(group)} {what} (e.g. {group[0].name or 'the model'}: {group[0].reason})")
+        count = sum(entry.reason.startswith(("predicted slower", "nothing saved")) for entry in self)
+        return f"{count} of {len(self)} layers stay dense: {'; '.join(groups)}" if groups else ""
+
     def __str__(self) -> str:
         rows = [_row(entry) for entry in self]
         # The columns of layers that stay dense run together: one reason takes the room of all the figures.
@@ -213,6 +233,14 @@ class ConversionPlan:
         )
         lines.append(f"MACs a row of these layers {macs[0]:,} -> {macs[1]:,} ({macs[1] / max(macs[0], 1):.1%})")
         return "\n".join(lines)
+
+    def with_errors(self, model: nn.Module) -> ConversionPlan:
+        """This plan with the errors of the model that it was carried out on."""
+        entries = []
+        for entry in self:
+            layer = model.get_submodule(entry.name) if entry.converted else None
+            entries.append(replace(entry, error=layer.error) if isinstance(layer, FactorizedLayer) else entry)
+        return ConversionPlan(entries, self.total, "converted")
 
     def to_json(self) -> str:
         """The plan as JSON text: the layers with their formats, and for reading what they cost."""

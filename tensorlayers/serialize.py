@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError, TensorlayersError
 from .layers import FactorizedLayer, layer_type
+from .plan import ConversionPlan, entry_of
 
 VERSION = 1
 INDEX = "tensorlayers.json"
@@ -151,6 +152,29 @@ def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
         As `load_pretrained`.
     """
     return _read_index(Path(directory))
+
+
+def inspect(directory: str | os.PathLike[str]) -> ConversionPlan:
+    """The factorized layers of a saved directory, without building the model.
+
+    Returns
+    -------
+    ConversionPlan
+        Its parameter counts are those of the whole model.
+
+    Raises
+    ------
+    CheckpointError
+        As `load_pretrained`.
+    """
+    directory = Path(directory)
+    index = _read_index(directory)
+    tensors = _read_tensors(directory, index)
+    entries = [entry_of(name, _read_layer(name, item)) for name, item in index["layers"].items()]
+    names = {name for name in tensors if name not in index["transient"]}
+    stored = sum(tensors[name].numel() for name in names)
+    saved = sum(before - after for before, after in (entry.parameters for entry in entries))
+    return ConversionPlan(entries, stored + saved, f"{index['model']} in {directory}")
 
 
 def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:

@@ -57,8 +57,8 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str
         The norm that the error is relative to, where it is larger than that of `expected`: where terms cancel,
         their size bounds the rounding error, not that of their sum.
     """
-    norm = max(float(expected.detach().double().norm()), scale) or 1.0
-    error = float((actual.detach().double() - expected.detach().double()).norm()) / norm
+    actual, expected = actual.detach().double(), expected.detach().double()
+    error = float((actual - expected).norm()) / (max(float(expected.norm()), scale) or 1.0)
     # Written so that NaN fails.
     if not (actual.shape == expected.shape and error <= TOLERANCE[dtype]):
         raise AssertionError(f"{what or 'tensor'}: relative error {error:.2e}, allowed {TOLERANCE[dtype]:.0e}")
@@ -85,7 +85,7 @@ def check_linear(layer: FactorizedLinear, rows: int = 5) -> None:
     sizes = _dense_truth(layer, x, probe, torch.abs)
     names = ["output", "gradient of input", *(f"gradient of {name}" for name, _ in layer.named_parameters())]
     for name, ours, truth, size in zip(names, actual, expected, sizes, strict=True):
-        assert_close(ours, truth, dtype, name, scale=float(size.norm()))
+        assert_close(ours, truth, dtype, name, scale=float(size.detach().norm()))
 
 
 def _dense_truth(

@@ -43,8 +43,8 @@ _ANSWERS: dict[Any, Callable[[DenseWeight], Any]] = {
 # Answered by the tensor object itself, without values.
 _ATTRIBUTES = """
 shape dtype device ndim layout is_cuda is_cpu is_meta is_sparse is_quantized is_nested is_mps is_xpu itemsize nbytes dim
-size numel nelement element_size is_floating_point is_complex is_contiguous stride storage_offset get_device is_inference
-__len__ __hash__
+size numel nelement element_size is_floating_point is_complex is_contiguous stride storage_offset get_device
+is_inference __len__ __hash__
 """
 _METADATA = {_function(name) for name in _ATTRIBUTES.split()}
 

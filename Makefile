@@ -1,0 +1,39 @@
+# make test   set up a virtual environment, then lint, types, and all tests
+# make demo   set up, then convert a real pretrained sentence encoder and report
+# The environment is made anew whenever the files that define it change.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+DEFINITION := constraints.txt pyproject.toml setup.cfg
+
+.PHONY: test test-oldest demo lint clean
+
+# Torch first and alone: so that the constrained build is in place before any package asks for "torch".
+$(VENV)/.installed: $(DEFINITION)
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install -c constraints.txt setuptools wheel
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[test,demo,tensorly-torch]'
+	touch $@
+
+test: $(VENV)/.installed lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The same tests with the oldest TensorLy that is supported, in an environment of their own.
+test-oldest:
+	$(MAKE) .venv-oldest/.installed VENV=.venv-oldest
+	.venv-oldest/bin/python -m pip --disable-pip-version-check -q install tensorly==0.9.0
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 -q
+
+demo: $(VENV)/.installed
+	$(BIN)/tensorlayers demo
+
+clean:
+	rm -rf .venv .venv-oldest build dist *.egg-info demo-output

@@ -1,0 +1,169 @@
+"""The command line: convert, plan, inspect, eval, demo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__, demo, evaluate, hub
+from .convert import convert_model, plan_conversion
+from .errors import TensorlayersError
+from .formats import Format, available, from_dict
+from .plan import ConversionPlan
+from .scan import Choice
+from .serialize import inspect, load_pretrained, read_index, save_pretrained
+
+_DESCRIPTION = """\
+Replace the dense layers of a pretrained network by factorized ones: low rank, tensor train, Tucker, CP.
+
+  tensorlayers plan    MODEL_DIR --format lowrank --params 0.5          what would be done; changes nothing
+  tensorlayers convert MODEL_DIR --format lowrank --params 0.5 --out DIR
+  tensorlayers inspect DIR                                              the layers of a converted model
+  tensorlayers eval    DIR --text FILE                                  quality kept, against its source
+  tensorlayers demo                                                     all of it on a real sentence encoder
+
+MODEL_DIR is a local Hugging Face directory (config.json, weights, tokenizer). Nothing is downloaded."""
+
+_FORMATS = """\
+which format:
+  lowrank   2x to 16x fewer parameters, as much faster as smaller: the one to begin with
+  btt       2x to 16x; block matrices, more expressive than low rank at equal cost
+  tucker    2x to 16x
+  tt, cp    50x to 1000x; at 2x to 16x they are slower than dense, and layers stay dense unless --force
+
+A layer that would be slower or larger than dense stays dense; the plan says which and why."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns
+    -------
+    int
+        0 on success, 1 where the request could not be met (one line on stderr says why). Wrong usage exits with 2.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (TensorlayersError, OSError) as error:
+        print(f"tensorlayers {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("tensorlayers", description=_DESCRIPTION, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    plan = commands.add_parser("plan", help="say what convert would do", epilog=_FORMATS, formatter_class=raw)
+    _add_choice(plan)
+    plan.add_argument("--no-errors", action="store_true", help="do not decompose the weights to state their errors")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan, to edit and give to convert --plan")
+    plan.set_defaults(run=_plan)
+
+    convert = commands.add_parser("convert", help="convert and save", epilog=_FORMATS, formatter_class=raw)
+    _add_choice(convert)
+    convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the converted model is saved")
+    convert.add_argument(
+        "--plan", type=Path, metavar="FILE", help="a plan that `plan --json` wrote, instead of a format"
+    )
+    convert.set_defaults(run=_convert)
+
+    show = commands.add_parser("inspect", help="the layers of a converted model")
+    show.add_argument("directory", type=Path, metavar="DIR", help="what convert saved")
+    show.set_defaults(run=_inspect)
+
+    evaluation = commands.add_parser("eval", help="quality kept, against the source")
+    evaluation.add_argument("directory", type=Path, metavar="DIR", help="what convert saved")
+    evaluation.add_argument(
+        "--text", type=Path, required=True, metavar="FILE", help="text, one sentence a line (UTF-8)"
+    )
+    evaluation.add_argument(
+        "--source", type=Path, metavar="MODEL_DIR", help="the dense model (default: the one recorded)"
+    )
+    evaluation.set_defaults(run=_eval)
+
+    main_job = commands.add_parser("demo", help="convert a real pretrained sentence encoder and report")
+    main_job.add_argument("--out", type=Path, default=Path("demo-output"), metavar="DIR", help="default: demo-output")
+    main_job.set_defaults(run=lambda arguments: demo.run(arguments.out))
+    return parser
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="a local Hugging Face directory")
+    parser.add_argument("--format", choices=sorted(available()), default="lowrank", help="default: lowrank")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--params", type=float, metavar="F", help="fraction of each layer's parameters kept (default 0.5)"
+    )
+    size.add_argument("--rank", type=_ranks, metavar="R[,R...]", help="one rank for all bonds, or one a bond")
+    parser.add_argument("--order", type=int, metavar="N", help="modes a side (2, 3, 4; not for lowrank)")
+    parser.add_argument("--layers", metavar="REGEX", help="convert only layers whose whole name matches")
+    parser.add_argument("--skip", metavar="REGEX", help="leave layers dense whose whole name matches")
+    parser.add_argument("--force", action="store_true", help="convert also what becomes slower or larger")
+
+
+def _ranks(text: str) -> int | tuple[int, ...]:
+    try:
+        ranks = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"integers, separated by commas; got {text!r}") from None
+    return ranks[0] if len(ranks) == 1 else ranks
+
+
+def _choice(arguments: argparse.Namespace) -> Choice:
+    params = 0.5 if arguments.params is None else arguments.params
+    options = {"name": arguments.format, "rank": params if arguments.rank is None else arguments.rank}
+    if arguments.order is not None:
+        options["order"] = arguments.order
+    format = from_dict(options)
+    choice: dict[str, Format | None] = {}
+    if arguments.skip:
+        choice[f"re:{arguments.skip}"] = None
+    choice[f"re:{arguments.layers}" if arguments.layers else "*"] = format
+    return choice
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    choice = _choice(arguments)
+    model = hub.load_model(arguments.model)
+    plan = plan_conversion(model, choice, force=arguments.force, errors=not arguments.no_errors)
+    print(plan)
+    _advise(plan)
+    if arguments.json:
+        arguments.json.write_text(plan.to_json(), encoding="utf-8")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    choice = _choice(arguments)
+    text = arguments.plan.read_text(encoding="utf-8") if arguments.plan else None
+    given = ConversionPlan.from_json(text) if text is not None else None
+    model = hub.load_model(arguments.model)
+    plan = given or plan_conversion(model, choice, force=arguments.force, errors=False)
+    converted = convert_model(model, plan)
+    save_pretrained(converted, arguments.out, source=str(arguments.model))
+    print(plan.with_errors(converted))
+    _advise(plan)
+    print(f"saved to {arguments.out}")
+
+
+def _advise(plan: ConversionPlan) -> None:
+    if plan.advice:
+        print(f"note: {plan.advice}. --force converts them all the same", file=sys.stderr)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    print(inspect(arguments.directory))
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    source = arguments.source or read_index(arguments.directory).get("source")
+    if not source:
+        raise TensorlayersError(f"{arguments.directory}: it does not record its source: pass --source MODEL_DIR")
+    texts = arguments.text.read_text(encoding="utf-8").splitlines()
+    converted = load_pretrained(arguments.directory)
+    print(evaluate.quality(hub.load_model(source), converted, hub.load_tokenizer(source), texts))
