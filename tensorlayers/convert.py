@@ -16,7 +16,7 @@ from .errors import ConversionError, RankError, TensorlayersError
 from .formats import Format
 from .layers import FactorizedLayer, layer_type
 from .plan import ConversionPlan, Entry, entry_of
-from .scan import Choice, Found, choose, scan
+from .scan import Choice, Found, choose, module_names, scan
 
 _HOOKS = (
     "_forward_hooks",
@@ -166,16 +166,14 @@ def summarize(model: nn.Module) -> ConversionPlan:
     entries: dict[str, Entry] = {}
     for layer in scan(model):
         entries[layer.name] = _entry(layer).dense(layer.obstacle or "not converted", bool(layer.obstacle))
-    names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
+    names = module_names(model)
     total = _parameters(model)
     for name, module in model.named_modules():
         if isinstance(module, FactorizedLayer):
             entries[name] = entry_of(name, module, tuple(names[id(module)][1:]))
             total += module.dense_parameters - module.network.num_parameters
-    order = [name for name, _ in model.named_modules()]
-    return ConversionPlan(sorted(entries.values(), key=lambda entry: order.index(entry.name)), total, "summary")
+    in_order = [entries[name] for name, _ in model.named_modules() if name in entries]
+    return ConversionPlan(in_order, total, "summary")
 
 
 def _entry(layer: Found) -> Entry:

@@ -53,11 +53,17 @@ class Found:
         return self.layer.dense_shape(self.module)
 
 
-def scan(model: nn.Module) -> list[Found]:
-    """List the layers of a model that are of a kind that can be factorized, in the order of its modules."""
+def module_names(model: nn.Module) -> dict[int, list[str]]:
+    """All names of each module, by its id; the first is the one that ``named_modules()`` gives."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
+    return names
+
+
+def scan(model: nn.Module) -> list[Found]:
+    """List the layers of a model that are of a kind that can be factorized, in the order of its modules."""
+    names = module_names(model)
     tied = _tied(model)
     read_by_torch = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     found = []
@@ -69,8 +75,7 @@ def scan(model: nn.Module) -> list[Found]:
             obstacle = _obstacle(name, module, tied)
             if id(module) in read_by_torch:
                 obstacle = obstacle or "nn.MultiheadAttention reads its weight itself"
-            aliases = tuple(other for other in names[id(module)] if other != name)
-            found.append(Found(name, aliases, module, kind, layer, obstacle))
+            found.append(Found(name, tuple(names[id(module)][1:]), module, kind, layer, obstacle))
             break
     return found
 

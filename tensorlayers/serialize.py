@@ -268,7 +268,7 @@ def _read_layer(name: str, item: Any) -> FactorizedLayer:
         layer = layer_type(item.get("kind", "")).from_config(item)
     except TensorlayersError as error:
         raise CheckpointError(f"layer {name!r}: {error}") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"layer {name!r}: malformed: {type(error).__name__}: {error}") from None
     stated = item.get("error")
     layer.error = float(stated) if isinstance(stated, (int, float)) else None

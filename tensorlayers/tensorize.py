@@ -12,6 +12,9 @@ from .errors import ModeError
 # What an imbalance of one more factor of 2 between largest and smallest mode is worth, as a fraction of padding.
 _IMBALANCE = 0.05
 
+# Splitting takes trial divisions up to the square root; no dimension of a layer is larger than this.
+_LARGEST = 2**31 - 1
+
 
 @lru_cache(maxsize=4096)
 def balanced_modes(size: int, order: int) -> tuple[int, ...]:
@@ -131,8 +134,8 @@ def boxes(size: int, modes: Sequence[int]) -> Iterator[tuple[slice, ...]]:
 
 
 def _check(size: int, order: int) -> None:
-    if size < 1:
-        raise ModeError(f"dimension {size}: at least 1")
+    if not 1 <= size <= _LARGEST:
+        raise ModeError(f"dimension {size}: from 1 to {_LARGEST}")
     if order < 1:
         raise ModeError(f"order {order}: at least 1 mode")
 
