@@ -63,7 +63,13 @@ class Plan:
     def step_costs(self) -> tuple[Cost, ...]:
         """The cost of each step."""
         sizes = dict(self.sizes)
-        return tuple(pair_cost(step.operands[0], step.operands[-1], step.result, sizes) for step in self.steps)
+        costs = []
+        for step in self.steps:
+            if len(step.operands) == 1:
+                costs.append(Cost(0, volume(step.operands[0], sizes) + volume(step.result, sizes)))
+            else:
+                costs.append(pair_cost(step.operands[0], step.operands[1], step.result, sizes))
+        return tuple(costs)
 
     @property
     def cost(self) -> Cost:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .cost import SLOWER
@@ -16,7 +16,7 @@ from .errors import ConversionError, RankError, TensorlayersError
 from .formats import Format
 from .layers import FactorizedLayer, layer_type
 from .plan import ConversionPlan, Entry, entry_of
-from .scan import Choice, Found, choose, module_names, scan
+from .scan import Choice, Found, choose, module_names, overlapping, scan
 
 _HOOKS = (
     "_forward_hooks",
@@ -25,6 +25,7 @@ _HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
+    "_is_full_backward_hook",
     "_backward_pre_hooks",
 )
 
@@ -237,23 +238,39 @@ def _factorize(module: nn.Module, entry: Entry) -> FactorizedLayer:
 
 def _replace(model: nn.Module, replacements: Mapping[int, tuple[nn.Module, nn.Module]], inplace: bool) -> nn.Module:
     """Swap modules, in the model or in a copy that never copies what is swapped out."""
+    memo: dict[int, object] = {key: new for key, (_, new) in replacements.items()}
+    if id(model) in replacements:
+        result = replacements[id(model)][1]
+    elif inplace:
+        result = model
+        for parent in list(model.modules()):
+            for name, child in parent._modules.items():
+                if child is not None and id(child) in replacements:
+                    parent._modules[name] = replacements[id(child)][1]
+    else:
+        _prepare(memo, model)
+        # deepcopy takes what its memo already holds, wherever the model refers to it.
+        result = copy.deepcopy(model, memo)
     for old, new in replacements.values():
         for name in _HOOKS:
             if old.__dict__.get(name):
                 # In place the handles that users hold must go on working; a copy must share nothing.
-                hooks = old.__dict__[name]
-                new.__dict__[name] = hooks if inplace else copy.copy(hooks)
-    if id(model) in replacements:
-        return replacements[id(model)][1]
-    if not inplace:
-        # deepcopy takes what its memo already holds, wherever the model refers to it.
-        memo: dict[int, object] = {key: new for key, (_, new) in replacements.items()}
-        return copy.deepcopy(model, memo)
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and id(child) in replacements:
-                parent._modules[name] = replacements[id(child)][1]
-    return model
+                new.__dict__[name] = old.__dict__[name] if inplace else copy.deepcopy(old.__dict__[name], memo)
+    return result
+
+
+def _prepare(memo: dict[int, object], model: nn.Module) -> None:
+    """Put into a deepcopy's memo what deepcopy itself gets wrong."""
+    # Parameters are cloned one by one, which would untie those that overlap; plain tensors keep their storage.
+    for pair in overlapping(model):
+        for parameter in pair:
+            if id(parameter) not in memo:
+                memo[id(parameter)] = nn.Parameter(copy.deepcopy(parameter.data, memo), parameter.requires_grad)
+    # Weights that a hook computes anew at each forward (weight_norm, pruning) are no leaves, and would be refused.
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
 
 
 def _parameters(model: nn.Module) -> int:
@@ -265,5 +282,5 @@ def _bar(entries: list[Entry], progress: bool | None) -> Iterator[tuple[int, Ent
     """Enumerate entries under a bar that names the layer; shown on a terminal, once it takes over a second."""
     bar = tqdm(list(enumerate(entries)), disable=None if progress is None else not progress, delay=1, unit="layer")
     for position, entry in bar:
-        bar.set_postfix_str(entry.name, refresh=False)
+        bar.set_postfix_str(entry.name)
         yield position, entry

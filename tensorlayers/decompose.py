@@ -24,8 +24,9 @@ from .network import Network
 _COMPONENT_BOUND = 3.0
 """CP: the root sum of squares of the components' norms stays below this many times the tensor's norm."""
 
-_SWEEPS = 60
-_TOLERANCE = 1e-4
+_RIDGE = 1e-7
+_SWEEPS = 100
+_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def tucker(dense: Tensor, ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         Shapes (n_k, r_k), orthonormal columns.
     """
     with tensorly.backend_context("pytorch", local_threadsafe=True):
-        core, factors = tensorly_tucker(dense, rank=list(ranks), n_iter_max=10, tol=_TOLERANCE)
+        core, factors = tensorly_tucker(dense, rank=list(ranks), n_iter_max=10, tol=1e-4)
     return core, list(factors)
 
 
@@ -261,16 +262,17 @@ def cp(dense: Tensor, network: Network) -> list[Tensor]:
     modes = tuple(replace(mode, size=size) for mode, size in zip(network.modes, compressed.shape, strict=True))
     inner = Network(network.cores, ((network.bonds[0], rank),), modes)
     start = balance(inner, [_leading(compressed, k, rank) for k in range(compressed.dim())])
-    ridge = 1e-7
+    ridge = _RIDGE
     while True:
         cores, _ = least_squares(inner, compressed, start, ridge=ridge)
+        if bases is not None:
+            # The best subspaces for Tucker are not the best for CP: a few sweeps on the whole tensor.
+            cores = [basis @ core for basis, core in zip(bases, cores, strict=True)]
+            cores, _ = least_squares(network, dense, cores, ridge=ridge, sweeps=10)
         norms = torch.stack([torch.linalg.vector_norm(core, dim=0) for core in cores]).prod(dim=0)
         if float(torch.linalg.vector_norm(norms)) <= _COMPONENT_BOUND or ridge > 1:
-            break
+            return cores
         ridge *= 30
-    if bases is None:
-        return cores
-    return [basis @ core for basis, core in zip(bases, cores, strict=True)]
 
 
 def _multilinear(ranks: Sequence[int]) -> tuple[int, ...]:
@@ -282,12 +284,14 @@ def _multilinear(ranks: Sequence[int]) -> tuple[int, ...]:
 
 
 def _leading(dense: Tensor, k: int, rank: int) -> Tensor:
-    """The leading left singular vectors of the mode-k unfolding, and random unit columns where there are too few."""
+    """A start for CP: leading left singular vectors of the mode-k unfolding, random where they are too few."""
     unfolding = dense.movedim(k, 0).flatten(1)
     vectors = torch.linalg.svd(unfolding, full_matrices=False)[0][:, :rank]
-    # TensorLy's own initialisation takes a seed of its own and ignores torch's generator; torch.randn is seeded by it.
-    missing = (dense.shape[k], rank - vectors.shape[1])
-    return torch.cat([vectors, F.normalize(torch.randn(missing, dtype=dense.dtype, device=dense.device), dim=0)], dim=1)
+    # torch.randn follows torch's generator; TensorLy's own initialisation takes a seed of its own.
+    missing = torch.randn(dense.shape[k], rank - vectors.shape[1], dtype=dense.dtype, device=dense.device)
+    columns = torch.cat([vectors, F.normalize(missing, dim=0)], dim=1)
+    # Singular vectors alone may be a saddle point: those of the identity are orthogonal to it.
+    return columns + 0.1 * F.normalize(torch.randn_like(columns), dim=0)
 
 
 def _cp_exact(dense: Tensor) -> list[Tensor]:
@@ -308,7 +312,7 @@ def least_squares(
     dense: Tensor,  # shape network.shape, norm 1
     cores: Sequence[Tensor],  # shapes network.core_shapes
     *,
-    ridge: float = 1e-7,
+    ridge: float = _RIDGE,
     sweeps: int = _SWEEPS,
     tolerance: float = _TOLERANCE,
 ) -> tuple[list[Tensor], float]:

@@ -106,6 +106,8 @@ class Network:
             if len(set(core)) != len(core):
                 raise NetworkError(f"core {core}: an index sits on a core once")
         for index in order:
+            if index == "batch" or not index.isidentifier():
+                raise NetworkError(f"index {index!r}: an identifier other than 'batch', the rows of the input")
             if index not in known:
                 raise NetworkError(f"index {index!r}: every index has a size; got none")
             if known[index] < 1:

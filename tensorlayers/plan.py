@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-import textwrap
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from . import table
 from .errors import ConversionError, TensorlayersError
 from .formats import Format, from_dict
-from .layers import FactorizedLayer, layer_type
+from .layers import FactorizedLayer, layer_type, layer_types
 from .network import Network
 
 VERSION = 1
 ROWS = 1024
 """Rows (tokens) in the batch at which MACs are stated and compared, per row."""
 
-_WIDTH = 100
 _HEAD = ("layer", "kind", "shape", "format", "modes", "ranks", "params", "MACs", "error")
 
 
@@ -166,6 +166,8 @@ class ConversionPlan:
         if format is None:
             self._entries[name] = entry if entry.blocked else entry.dense("asked to stay dense")
         elif isinstance(format, Entry):
+            if format.name != name:
+                raise ConversionError(f"plan[{name!r}]: an entry of this layer; got that of {format.name!r}")
             self._entries[name] = format
         elif not isinstance(format, Format):
             raise ConversionError(f"plan[{name!r}]: a format or None; got {format!r}")
@@ -212,27 +214,18 @@ class ConversionPlan:
 
     def __str__(self) -> str:
         rows = [_row(entry) for entry in self]
-        # The columns of layers that stay dense run together: one reason takes the room of all the figures.
-        full = [row for row in rows if len(row) == len(_HEAD)]
-        widths = [max(len(row[c]) for row in (_HEAD, *(rows if c < 3 else full))) for c in range(len(_HEAD))]
-        widths[0] = min(widths[0], max(len(_HEAD[0]), _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)))
-        lines = [self.title, _line(_HEAD, widths)]
-        names = [_abbreviated(row[0], widths[0]) for row in rows]
-        for name, row in zip(names, rows, strict=True):
-            if len(name) > widths[0] or names.count(name) > 1:
-                lines.append(row[0])
-                name = ""
-            lines += _wrapped(_line((name, *row[1:]), widths))
         notes = Counter(note for entry in self for note in entry.notes)
-        lines += [f"note: {note} ({count} layer{'s' * (count > 1)})" for note, count in notes.items()]
-        before, after = self.parameters
-        macs = self.macs
-        lines.append(
-            f"{len(self.converted)} of {len(self)} layers converted; parameters {before:,} -> {after:,} "
-            f"({after / max(before, 1):.1%})"
+        (before, after), macs = self.parameters, self.macs
+        return "\n".join(
+            [
+                *table.wrapped(self.title),
+                *table.lines(_HEAD, rows),
+                *(line for n, k in notes.items() for line in table.wrapped(f"note: {n} ({k} layer{'s' * (k > 1)})")),
+                f"{len(self.converted)} of {len(self)} layers converted; "
+                f"parameters {before:,} -> {after:,} ({after / max(before, 1):.1%})",
+                f"MACs a row of these layers {macs[0]:,} -> {macs[1]:,} ({macs[1] / max(macs[0], 1):.1%})",
+            ]
         )
-        lines.append(f"MACs a row of these layers {macs[0]:,} -> {macs[1]:,} ({macs[1] / max(macs[0], 1):.1%})")
-        return "\n".join(lines)
 
     def with_errors(self, model: nn.Module) -> ConversionPlan:
         """This plan with the errors of the model that it was carried out on."""
@@ -248,6 +241,8 @@ class ConversionPlan:
         for entry in self:
             data = {k: v for k, v in asdict(entry).items() if k not in ("format", "network")}
             data["format"] = entry.format.to_dict() if entry.format else None
+            # What the error belongs to: a format that is edited by hand must not keep it.
+            data["error_of"] = data["format"] if entry.error is not None else None
             layers.append(data)
         return json.dumps({"version": VERSION, "total": self.total, "layers": layers}, indent=1)
 
@@ -259,82 +254,98 @@ class ConversionPlan:
         ------
         ConversionError
             If the text is no plan of a known version, or an entry is malformed.
+        RankError, ModeError, FormatError
+            If a format is wrong or does not fit its layer, which is named.
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConversionError(f"plan: not JSON: {error}") from None
-        if not isinstance(data, Mapping) or data.get("version") != VERSION:
-            version = data.get("version") if isinstance(data, Mapping) else None
+        version = data.get("version") if isinstance(data, dict) else None
+        if version != VERSION or isinstance(version, bool):
             raise ConversionError(f"plan: version {VERSION} is known; got {version!r}")
-        try:
-            return cls([_entry(item) for item in data["layers"]], int(data["total"]))
-        except TensorlayersError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConversionError(f"plan: malformed: {type(error).__name__}: {error}") from None
+        total, layers = data.get("total"), data.get("layers")
+        if not _is_count(total):
+            raise ConversionError(f"plan: total is a number of parameters; got {total!r}")
+        if not isinstance(layers, list) or not all(isinstance(item, dict) for item in layers):
+            raise ConversionError("plan: layers is a list of objects")
+        entries = [_read_entry(item) for item in layers]
+        twice = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
+        if twice:
+            raise ConversionError(f"plan: layer {twice[0]!r} is listed more than once")
+        return cls(entries, total)
 
 
-def _entry(item: Mapping[str, Any]) -> Entry:
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_counts(value: object, lengths: tuple[int, ...]) -> bool:
+    return isinstance(value, list) and len(value) in lengths and all(_is_count(item) for item in value)
+
+
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "name": ("a string", lambda v: isinstance(v, str)),
+    "kind": ("a string", lambda v: isinstance(v, str)),
+    "layer": ("a layer kind", lambda v: any(v == cls.kind for cls in layer_types())),
+    # A layer whose shape is hidden (lazy, quantized) has none.
+    "shape": ("two sizes of at least 1", lambda v: v == [] or (_is_counts(v, (2,)) and min(v) >= 1)),
+    "parameters": ("two counts", lambda v: _is_counts(v, (2,))),
+    "macs": ("two counts", lambda v: _is_counts(v, (2,))),
+    "error": (
+        "a number or null",
+        lambda v: v is None or (isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < math.inf),
+    ),
+    "format": ("an object or null", lambda v: v is None or isinstance(v, dict)),
+    "reason": ("a string", lambda v: isinstance(v, str)),
+    "blocked": ("true or false", lambda v: isinstance(v, bool)),
+    "aliases": ("a list of strings", lambda v: isinstance(v, list) and all(isinstance(item, str) for item in v)),
+}
+_OPTIONAL: dict[str, Any] = {"error": None, "format": None, "reason": "", "blocked": False, "aliases": []}
+
+
+def _read_entry(item: Mapping[str, Any]) -> Entry:
+    item = {**_OPTIONAL, **item}
+    where = f"plan: layer {item.get('name')!r}"
+    for field, (rule, holds) in _FIELDS.items():
+        if field not in item:
+            raise ConversionError(f"{where}: {field} is missing")
+        if not holds(item[field]):
+            raise ConversionError(f"{where}: {field} is {rule}; got {item[field]!r}")
     entry = Entry(
         name=item["name"],
         kind=item["kind"],
-        shape=tuple(int(size) for size in item["shape"]),
+        shape=tuple(item["shape"]),
         layer=item["layer"],
-        parameters=tuple(item["parameters"]),
+        parameters=(math.prod(item["shape"]) if item["shape"] else 0,) * 2,
         macs=tuple(item["macs"]),
-        aliases=tuple(item.get("aliases", ())),
+        aliases=tuple(item["aliases"]),
     )
-    if item.get("format") is None:
-        return entry.dense(str(item.get("reason", "")), bool(item.get("blocked", False)))
-    converted = entry.with_format(from_dict(item["format"]))
-    return replace(converted, error=item.get("error"))
+    if item["format"] is None:
+        return entry.dense(item["reason"], item["blocked"])
+    if not entry.shape:
+        raise ConversionError(f"{where}: format: a layer without a shape stays dense")
+    try:
+        converted = entry.with_format(from_dict(item["format"]))
+    except TensorlayersError as error:
+        raise type(error)(f"{where}: format: {error}") from None
+    return replace(converted, error=item["error"] if item.get("error_of") == item["format"] else None)
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
-    name = entry.name or "(model)"
+    name, kind = entry.name or "(model)", entry.kind[:20]
     shape = "x".join(str(size) for size in entry.shape)
     if not entry.format or not entry.network:
-        return name, entry.kind, shape, f"dense: {entry.reason}"
+        return name, kind, shape, f"dense: {entry.reason}"
     sides = ["x".join(str(n) for n in entry.network.mode_sizes(role)) for role in ("out", "in")]
     return (
         name,
-        entry.kind,
+        kind,
         shape,
         type(entry.format).__name__,
         "|".join(sides) if sides != shape.split("x") else "-",
         ",".join(str(rank) for rank in entry.network.ranks),
-        "->".join(_count(number) for number in entry.parameters),
-        "->".join(_count(number) for number in entry.macs),
+        "->".join(table.count(number) for number in entry.parameters),
+        "->".join(table.count(number) for number in entry.macs),
         "-" if entry.error is None else f"{entry.error:.3f}",
     )
-
-
-def _count(number: float) -> str:
-    """A count to three digits: 147k, 2.36M."""
-    units = ["", "k", "M", "G"]
-    while number >= 999.5 and len(units) > 1:
-        number /= 1000
-        del units[0]
-    return f"{number:.3g}{units[0]}"
-
-
-def _abbreviated(name: str, width: int) -> str:
-    """Shorten the leading parts of a dotted name to their first letter until it fits: e.l.0.attention.self.query."""
-    parts = name.split(".")
-    for k in range(len(parts) - 1):
-        if len(".".join(parts)) <= width:
-            break
-        parts[k] = parts[k] if parts[k].isdigit() else parts[k][:1]
-    return ".".join(parts)
-
-
-def _line(cells: tuple[str, ...], widths: list[int]) -> str:
-    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=False)).rstrip()
-
-
-def _wrapped(line: str) -> list[str]:
-    """A line that is too long (a long reason) broken at words, the rest indented."""
-    if len(line) <= _WIDTH:
-        return [line]
-    return textwrap.wrap(line, _WIDTH, subsequent_indent=" " * 8, drop_whitespace=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import combinations
 from numbers import Integral, Real
 from typing import TypeAlias
 
@@ -32,7 +33,7 @@ def validate(rank: object, what: str = "") -> Rank:
     RankError
         If a rank is below 1 or no integer, or a fraction is outside (0, 1].
     """
-    if isinstance(rank, Sequence) and not isinstance(rank, str):
+    if isinstance(rank, Sequence) and not isinstance(rank, (str, bytes, bytearray)):
         for bond, entry in enumerate(rank, 1):
             if isinstance(entry, bool) or not isinstance(entry, Integral):
                 raise RankError(f"rank {tuple(rank)}: every {what} rank is an integer; got {entry!r} at bond {bond}")
@@ -103,9 +104,7 @@ def clamp(network: Network) -> Network:
         ranks = [min(pair) for pair in zip(network.ranks, limits, strict=True)]
         if tuple(ranks) == network.ranks:
             return network
-        # One bond at a time, from the first too large: lowering it may lower the limits of the others.
-        first = next(k for k, rank in enumerate(ranks) if rank < network.ranks[k])
-        network = network.with_ranks([rank if k <= first else network.ranks[k] for k, rank in enumerate(ranks)])
+        network = network.with_ranks(ranks)  # which may lower the limits of others
 
 
 def _largest_within(network: Network, fraction: float, dense_parameters: int, what: str) -> Network:
@@ -133,10 +132,11 @@ def _largest_within(network: Network, fraction: float, dense_parameters: int, wh
     raised = True
     while raised:
         raised = False
-        for bond in sorted(best.bonds, key=lambda name: best.size[name]):
-            if best.size[bond] >= best.rank_limit(bond):
-                continue
-            larger = best.with_ranks([size + (name == bond) for name, size in zip(best.bonds, best.ranks, strict=True)])
-            if larger.num_parameters <= budget:
+        names = sorted(best.bonds, key=lambda name: best.size[name])
+        for group in (*((name,) for name in names), *combinations(names, 2)):
+            if raised and len(group) == 2:
+                break  # pairs, of ranks that limit each other, only where no single rank can be raised
+            larger = best.with_ranks([best.size[name] + (name in group) for name in best.bonds])
+            if larger.num_parameters <= budget and clamp(larger) == larger:
                 best, raised = larger, True
     return best

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -104,33 +103,60 @@ def _obstacle(name: str, module: nn.Module, tied: Mapping[int, list[str]]) -> st
 def _quantized_kind(module: nn.Module) -> str | None:
     name = type(module).__name__
     quantized = re.search(r"\bquant|\bqat\b|\bao\b|bitsandbytes|gptq|awq", type(module).__module__)
-    return name if quantized and "Linear" in name and "Quantizable" not in name else None
+    linear = "Linear" in name and "Quantizable" not in name and hasattr(module, "in_features")
+    return name if quantized and linear else None
 
 
 def _tied(model: nn.Module) -> dict[int, list[str]]:
-    """Parameters that are used under several names or that overlap in memory -> where else they are used.
+    """Parameters that are used under several names or overlap in memory -> all names of what they are tied with.
 
-    Names of one module that is itself shared do not count. Memory is compared by ranges: weights that were loaded
-    from one file may lie in one storage without being tied.
+    Names of one module that is itself shared do not count.
     """
     owners: dict[int, list[str]] = {}
-    spans: list[tuple[str, int, int, int]] = []
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            if parameter is None or isinstance(parameter, nn.parameter.UninitializedParameter):
-                continue
-            owners.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
-            plain = type(parameter.data) is Tensor and parameter.layout == torch.strided and not parameter.is_meta
-            if len(owners[id(parameter)]) == 1 and plain and parameter.numel():
-                extent = sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True)) + 1
-                start = parameter.data_ptr()
-                spans.append((str(parameter.device), start, start + extent * parameter.element_size(), id(parameter)))
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
     tied = {key: names for key, names in owners.items() if len(names) > 1}
-    for (device, _, end, first), (other, start, _, second) in pairwise(sorted(spans)):
-        if device == other and start < end:
-            tied.setdefault(first, owners[first] + owners[second])
-            tied.setdefault(second, owners[first] + owners[second])
+    for first, second in overlapping(model):
+        names = owners[id(first)] + owners[id(second)]
+        for parameter in (first, second):
+            tied[id(parameter)] = list(dict.fromkeys(tied.get(id(parameter), []) + names))
     return tied
+
+
+def overlapping(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Pairs of distinct parameters that have elements in common.
+
+    Two weights that were loaded from one file, or are columns of one matrix, lie in one storage without that.
+    """
+    spans = []
+    for parameter in model.parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter) or type(parameter.data) is not Tensor:
+            continue
+        if parameter.layout == torch.strided and not parameter.is_meta and parameter.numel():
+            extent = sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True)) + 1
+            start = parameter.data_ptr()
+            spans.append((str(parameter.device), start, start + extent * parameter.element_size(), parameter))
+    spans.sort(key=lambda span: span[:3])
+    pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+    live: list[tuple[str, int, int, nn.Parameter]] = []
+    for span in spans:
+        live = [other for other in live if other[0] == span[0] and other[2] > span[1]]
+        pairs += [(other[3], span[3]) for other in live if _share_elements(other[3], span[3])]
+        live.append(span)
+    return pairs
+
+
+def _share_elements(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors whose address ranges overlap have an element in common."""
+    if first.dtype != second.dtype or first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
+        return True
+    if first.is_contiguous() and second.is_contiguous():
+        return True
+    used = torch.zeros(first.untyped_storage().nbytes() // first.element_size(), dtype=torch.bool)
+    used.as_strided(first.shape, first.stride(), first.storage_offset()).fill_(True)
+    return bool(used.as_strided(second.shape, second.stride(), second.storage_offset()).any())
 
 
 def choose(formats: Format | Choice, found: list[Found], model: nn.Module) -> dict[str, Format | str | None]:

@@ -81,11 +81,15 @@ def skewed_modes(size: int, order: int, inner: int = 128) -> tuple[int, ...]:
     _check(size, order)
     if order == 1:
         return (size,)
-    outer = (2,) * (order - 1)
     if order == 2:
-        fitting = [block for block in (4, 3, 2) if size % block == 0 and size // block >= inner]
-        outer = (fitting[0],) if fitting else outer
-    return (*outer, -(-size // math.prod(outer)))
+        for block in (4, 3, 2):
+            if size % block == 0 and size // block >= inner:
+                return (block, size // block)
+    outer, rest = [], size
+    for _ in range(order - 1):
+        outer.append(2 if rest >= 4 else 1)
+        rest = -(-rest // outer[-1])
+    return (*outer, rest)
 
 
 def check_modes(modes: Sequence[int], size: int, what: str) -> tuple[int, ...]:
@@ -104,7 +108,7 @@ def check_modes(modes: Sequence[int], size: int, what: str) -> tuple[int, ...]:
 
 def validate_modes(modes: Sequence[int], what: str) -> tuple[int, ...]:
     """Check the type and range of modes, without knowing the dimension."""
-    if isinstance(modes, str) or not isinstance(modes, Sequence) or not modes:
+    if isinstance(modes, (str, bytes, bytearray)) or not isinstance(modes, Sequence) or not modes:
         raise ModeError(f"{what} {modes!r}: a non-empty tuple of integers")
     for entry in modes:
         if isinstance(entry, bool) or not isinstance(entry, Integral) or entry < 1:

@@ -22,6 +22,7 @@ ORDER = [
     {"evaluate", "hub", "convert"},
     {"serialize", "scan"},
     {"plan"},
+    {"table"},
     {"layers"},
     {"dispatch"},
     {"functional"},

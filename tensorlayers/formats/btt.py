@@ -50,11 +50,12 @@ class BTT(Format):
     def layout(self, modes: Sequence[Mode]) -> tuple[tuple[str, ...], ...]:
         outs, ins = names_by_role(modes, "out"), names_by_role(modes, "in")
         order = max(len(outs), len(ins))
+        missing = order - len(ins)  # a missing out mode is the last, a missing in mode the first: so they mirror
         cores = []
         for t in range(1, order + 1):
             last = order - t + 1
             bonds = [f"r{k}" for k in (t - 1, t) if 0 < k < order]
-            cores.append((*ins[:last], *outs[last - 1 :], *bonds))
+            cores.append((*ins[: max(last - missing, 0)], *outs[last - 1 :], *bonds))
         return tuple(cores)
 
     def fill(self, dense: Tensor, network: Network) -> list[Tensor]:

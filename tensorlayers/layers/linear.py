@@ -149,6 +149,10 @@ class FactorizedLinear(FactorizedLayer):
         return linear_boxes(self.network, self.out_features, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:  # nn.TransformerEncoder hands them on when it skips padding
+            parts = input.unbind()
+            rows = self(torch.cat(parts)).split([len(part) for part in parts])
+            return torch.nested.as_nested_tensor(list(rows), layout=input.layout)
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise NetworkError(
                 f"input: the last dimension is in_features = {self.in_features}; got {tuple(input.shape)}"
