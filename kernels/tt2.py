@@ -161,6 +161,8 @@ def launch(
     dtypes = {tensor.dtype for tensor in (x, a, g, out)}
     if len(dtypes) > 1 or not dtypes <= {torch.float16, torch.bfloat16, torch.float32}:
         raise KernelError(f"tt2: one dtype, float16, bfloat16 or float32; got {sorted(map(str, dtypes))}")
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        raise KernelError("tt2: Triton's interpreter computes bfloat16 wrongly; use float16 or float32 on the CPU")
     if out.numel() == 0:
         return
     if _cost(out, x) > _cost(out.mT, x.mT):  # then i2 is contracted first
@@ -264,7 +266,7 @@ def _apply(x: Tensor, a: Tensor, g: Tensor, network: Network) -> Tensor:
     return y
 
 
-@contraction._constant
+@contraction.constant_when_compiled
 def _gradient_plan(network: Network, wanted: str) -> contraction.Plan:
     """The pairwise order of the gradient of one core: dy, x and the other core."""
     (o1, i1, r), (_, o2, i2) = network.cores
@@ -299,7 +301,7 @@ def linear(
     Raises
     ------
     KernelError
-        If the dtypes differ, or are neither float16, bfloat16 nor float32.
+        If the dtypes differ, or are neither float16, bfloat16 nor float32, or are bfloat16 on the CPU.
 
     Notes
     -----

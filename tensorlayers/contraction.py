@@ -311,21 +311,21 @@ def batch_class(batch: int) -> int:
     return BATCH_CLASSES[-1]
 
 
-def _constant(function: _F) -> _F:
+def constant_when_compiled(function: _F) -> _F:
     """Let torch.compile call a function while it traces and keep the result, rather than trace into it."""
     # What torch.compiler.assume_constant_result does, without importing the compiler (seconds) with this package.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-@_constant
+@constant_when_compiled
 def linear_plan(network: Network, batch: int) -> Plan:
     """The plan of a linear layer's product, x of (batch, *in modes) with all cores, for a batch class."""
     terms = ((BATCH, *network.names("in")), *network.cores)
     return plan(terms, (BATCH, *network.names("out")), (*network.sizes, (BATCH, batch)))
 
 
-@_constant
+@constant_when_compiled
 def dense_plan(network: Network) -> Plan:
     """The plan of the dense weight: all cores, the modes kept."""
     return plan(network.cores, tuple(mode.name for mode in network.modes), network.sizes)

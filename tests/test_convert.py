@@ -286,6 +286,16 @@ def test_hooks_of_a_copy_are_its_own():
 
 
 @both_ways
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
+def test_a_backward_hook_of_the_old_kind_goes_on_working(inplace):
+    model, calls = _chain(64, 64), []
+    model[0].register_backward_hook(lambda *_: calls.append("backward"))
+    converted = convert_model(model, HALF, inplace=inplace)
+    converted(torch.randn(2, 64)).sum().backward()
+    assert calls == ["backward"]
+
+
+@both_ways
 def test_a_hook_that_is_a_method_of_the_model(inplace):
     model = Recorder()
     converted = convert_model(model, HALF, inplace=inplace)
@@ -982,7 +992,10 @@ def test_the_progress_bar_names_the_layer_that_is_worked_on(monkeypatch):
     assert len(shown) == len(CONVERTED)
     for name, line in zip(("first", "second", "shared"), shown, strict=True):
         assert name in line
-    stream.truncate(0)
+    stream.seek(0)
+    stream.truncate()
+    monkeypatch.setattr(convert, "tqdm", lambda *args, **kwargs: tqdm(*args, **{**kwargs, "delay": 10**6}))
+    convert_model(Net(), HALF, progress=True)  # done before it would be shown
     convert_model(Net(), HALF, progress=False)
     convert_model(Net(), HALF)  # this stream is no terminal
     assert stream.getvalue() == ""

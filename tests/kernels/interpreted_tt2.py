@@ -370,3 +370,5 @@ def test_dtypes_are_refused() -> None:
         tt2.linear(x.half(), network, (a, g))
     with pytest.raises(KernelError, match="float64"):
         tt2.linear(x.double(), network, (a.double(), g.double()))
+    with pytest.raises(KernelError, match="bfloat16"):
+        tt2.linear(x.bfloat16(), network, (a.bfloat16(), g.bfloat16()))
