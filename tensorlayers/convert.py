@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from .cost import SLOWER
@@ -16,18 +15,8 @@ from .errors import ConversionError, RankError, TensorlayersError
 from .formats import Format
 from .layers import FactorizedLayer, layer_type
 from .plan import ConversionPlan, Entry, entry_of
-from .scan import Choice, Found, choose, module_names, overlapping, scan
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_is_full_backward_hook",
-    "_backward_pre_hooks",
-)
+from .scan import Choice, Found, choose, module_names, scan
+from .surgery import swap
 
 
 def plan_conversion(
@@ -127,6 +116,9 @@ def convert_model(
         plan = plan_conversion(model, formats, where=where, force=force, errors=False)
         if plan.advice:
             warnings.warn(f"{plan.advice}. force=True converts them all the same", stacklevel=2)
+        asked = [entry for entry in plan if entry.blocked and isinstance(formats, Mapping) and formats.get(entry.name)]
+        for entry in asked:
+            warnings.warn(f"layer {entry.name!r} stays dense: {entry.reason}", stacklevel=2)
     found = {layer.name: layer for layer in scan(model)}
     for entry in plan:
         _check(entry, found)
@@ -135,7 +127,7 @@ def convert_model(
     for _, entry in _bar(entries, progress):
         module = found[entry.name].module
         replacements[id(module)] = (module, _factorize(module, entry))
-    return _replace(model, replacements, inplace)
+    return swap(model, replacements, inplace)
 
 
 def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -153,7 +145,7 @@ def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         With layers of the kinds that were converted; outputs are the same up to rounding.
     """
     layers = [module for module in model.modules() if isinstance(module, FactorizedLayer)]
-    return _replace(model, {id(layer): (layer, layer.to_module()) for layer in layers}, inplace)
+    return swap(model, {id(layer): (layer, layer.to_module()) for layer in layers}, inplace)
 
 
 def summarize(model: nn.Module) -> ConversionPlan:
@@ -236,43 +228,6 @@ def _factorize(module: nn.Module, entry: Entry) -> FactorizedLayer:
         raise ConversionError(f"layer {entry.name!r}: {error}") from error
 
 
-def _replace(model: nn.Module, replacements: Mapping[int, tuple[nn.Module, nn.Module]], inplace: bool) -> nn.Module:
-    """Swap modules, in the model or in a copy that never copies what is swapped out."""
-    memo: dict[int, object] = {key: new for key, (_, new) in replacements.items()}
-    if id(model) in replacements:
-        result = replacements[id(model)][1]
-    elif inplace:
-        result = model
-        for parent in list(model.modules()):
-            for name, child in parent._modules.items():
-                if child is not None and id(child) in replacements:
-                    parent._modules[name] = replacements[id(child)][1]
-    else:
-        _prepare(memo, model)
-        # deepcopy takes what its memo already holds, wherever the model refers to it.
-        result = copy.deepcopy(model, memo)
-    for old, new in replacements.values():
-        for name in _HOOKS:
-            if old.__dict__.get(name):
-                # In place the handles that users hold must go on working; a copy must share nothing.
-                new.__dict__[name] = old.__dict__[name] if inplace else copy.deepcopy(old.__dict__[name], memo)
-    return result
-
-
-def _prepare(memo: dict[int, object], model: nn.Module) -> None:
-    """Put into a deepcopy's memo what deepcopy itself gets wrong."""
-    # Parameters are cloned one by one, which would untie those that overlap; plain tensors keep their storage.
-    for pair in overlapping(model):
-        for parameter in pair:
-            if id(parameter) not in memo:
-                memo[id(parameter)] = nn.Parameter(copy.deepcopy(parameter.data, memo), parameter.requires_grad)
-    # Weights that a hook computes anew at each forward (weight_norm, pruning) are no leaves, and would be refused.
-    for module in model.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-
-
 def _parameters(model: nn.Module) -> int:
     uninitialized = nn.parameter.UninitializedParameter
     return sum(p.numel() for p in model.parameters() if not isinstance(p, uninitialized))
@@ -282,5 +237,6 @@ def _bar(entries: list[Entry], progress: bool | None) -> Iterator[tuple[int, Ent
     """Enumerate entries under a bar that names the layer; shown on a terminal, once it takes over a second."""
     bar = tqdm(list(enumerate(entries)), disable=None if progress is None else not progress, delay=1, unit="layer")
     for position, entry in bar:
-        bar.set_postfix_str(entry.name)
+        # A refresh shows the bar whatever its delay.
+        bar.set_postfix_str(entry.name, refresh=not bar.disable and bar.format_dict["elapsed"] >= bar.delay)
         yield position, entry

@@ -318,7 +318,7 @@ def _read_entry(item: Mapping[str, Any]) -> Entry:
         shape=tuple(item["shape"]),
         layer=item["layer"],
         parameters=(math.prod(item["shape"]) if item["shape"] else 0,) * 2,
-        macs=tuple(item["macs"]),
+        macs=(math.prod(item["shape"]) if item["shape"] else 0,) * 2,
         aliases=tuple(item["aliases"]),
     )
     if item["format"] is None:

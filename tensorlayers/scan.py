@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
@@ -14,6 +13,7 @@ from torch.nn.utils import parametrize
 from .errors import ConversionError
 from .formats import Format
 from .layers import FactorizedLayer, layer_types
+from .surgery import overlapping
 
 Choice = Mapping[str, "Format | None"]
 
@@ -91,6 +91,8 @@ def _obstacle(name: str, module: nn.Module, tied: Mapping[int, list[str]]) -> st
     weight = module._parameters["weight"]
     if weight is None or not weight.is_floating_point() or type(weight.data) is not Tensor:
         return "quantized: its weight is no plain floating-point tensor"
+    if not weight.numel():
+        return "nothing saved: it has no weights"
     if id(weight) in tied:
         own_name = f"{name}.weight" if name else "weight"
         return f"tied with {', '.join(other for other in tied[id(weight)] if other != own_name)}"
@@ -123,40 +125,6 @@ def _tied(model: nn.Module) -> dict[int, list[str]]:
         for parameter in (first, second):
             tied[id(parameter)] = list(dict.fromkeys(tied.get(id(parameter), []) + names))
     return tied
-
-
-def overlapping(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """Pairs of distinct parameters that have elements in common.
-
-    Two weights that were loaded from one file, or are columns of one matrix, lie in one storage without that.
-    """
-    spans = []
-    for parameter in model.parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter) or type(parameter.data) is not Tensor:
-            continue
-        if parameter.layout == torch.strided and not parameter.is_meta and parameter.numel():
-            extent = sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True)) + 1
-            start = parameter.data_ptr()
-            spans.append((str(parameter.device), start, start + extent * parameter.element_size(), parameter))
-    spans.sort(key=lambda span: span[:3])
-    pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
-    live: list[tuple[str, int, int, nn.Parameter]] = []
-    for span in spans:
-        live = [other for other in live if other[0] == span[0] and other[2] > span[1]]
-        pairs += [(other[3], span[3]) for other in live if _share_elements(other[3], span[3])]
-        live.append(span)
-    return pairs
-
-
-def _share_elements(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors whose address ranges overlap have an element in common."""
-    if first.dtype != second.dtype or first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
-        return True
-    if first.is_contiguous() and second.is_contiguous():
-        return True
-    used = torch.zeros(first.untyped_storage().nbytes() // first.element_size(), dtype=torch.bool)
-    used.as_strided(first.shape, first.stride(), first.storage_offset()).fill_(True)
-    return bool(used.as_strided(second.shape, second.stride(), second.storage_offset()).any())
 
 
 def choose(formats: Format | Choice, found: list[Found], model: nn.Module) -> dict[str, Format | str | None]:

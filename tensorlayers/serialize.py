@@ -7,14 +7,11 @@ interrupts it, the directory holds the old model whole or the new one whole.
 from __future__ import annotations
 
 import contextlib
-import copy
-import importlib
 import json
 import os
 import shutil
-import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +20,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import hub
 from .errors import CheckpointError, TensorlayersError
 from .layers import FactorizedLayer, layer_type
 from .plan import ConversionPlan, entry_of
+from .surgery import swap
 
 VERSION = 1
 INDEX = "tensorlayers.json"
-_WEIGHTS = "tensorlayers-*.safetensors"
+_WEIGHTS = f"tensorlayers-{'[0-9a-f]' * 12}.safetensors"
 _TEMPORARY = ".tensorlayers-*.tmp"
-
-_COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*preprocessor_config.json",
-    "processor_config.json",
-    "chat_template.*",
-    "generation_config.json",
-    "LICENSE*",
-)
-"""Files of a Hugging Face directory, beside its configuration and weights, that a converted model needs too."""
 
 
 def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], *, source: str | None = None) -> None:
@@ -70,41 +54,47 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], *, sour
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory}: a directory; it is a file")
     tensors, tied, transient = _state(model)
-    config = getattr(model, "config", None)
-    hugging_face = hasattr(config, "save_pretrained") and type(model).__module__.startswith("transformers.")
+    hugging_face = hub.is_hugging_face(model)
     if source is None and hugging_face:
-        source = getattr(config, "name_or_path", None) or None
-    directory.mkdir(parents=True, exist_ok=True)
+        source = hub.source_of(model)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise CheckpointError(f"{directory}: a directory; a file is in its place") from None
     for stale in directory.glob(_TEMPORARY):
         shutil.rmtree(stale, ignore_errors=True)
-    weights = f"tensorlayers-{uuid.uuid4().hex[:12]}.safetensors"
+    token = uuid.uuid4().hex[:12]
+    weights = f"tensorlayers-{token}.safetensors"
     index = {
         "version": VERSION,
         "weights": weights,
         "model": type(model).__name__,
         "library": "transformers" if hugging_face else None,
-        "source": os.path.abspath(source) if source and os.path.isdir(source) else source,
+        "source": _dense_source(source),
+        # In the index too, so that it is replaced together with what it describes.
+        "config": hub.configuration(model) if hugging_face else None,
+        "generation": hub.generation(model) if hugging_face else None,
         "layers": _layers(model),
         "tied": tied,
         "transient": transient,
+        "buffers": [name for name, _ in model.named_buffers()],
     }
     text = json.dumps(index, indent=1)
-    work = Path(tempfile.mkdtemp(prefix=".tensorlayers-", suffix=".tmp", dir=directory))
-    committed = False
+    work = directory / f".tensorlayers-{token}.tmp"
     try:
+        work.mkdir()
         save_file(tensors, work / weights, metadata={"format": "pt"})
         (work / INDEX).write_text(text, encoding="utf-8")
         files = [weights]
         if hugging_face:
-            files += _companions(model, work, source)
+            files += hub.write_companions(model, work / "companions", source)
         for name in [*files, INDEX]:
             with open(work / name, "rb") as file:
                 os.fsync(file.fileno())
-            os.replace(work / name, directory / name)
-        committed = True
+            os.replace(work / name, directory / Path(name).name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        if not committed:
+        if _current(directory) != weights:
             (directory / weights).unlink(missing_ok=True)
     for old in directory.glob(_WEIGHTS):
         if old.name != weights:
@@ -138,7 +128,7 @@ def load_pretrained(directory: str | os.PathLike[str], model: nn.Module | None =
     layers = {name: _read_layer(name, item) for name, item in index["layers"].items()}
     training = model.training if model is not None else False
     dense = _architecture(directory, index) if model is None else model
-    result = _with_layers(dense, layers)
+    result = _with_layers(dense, layers, inplace=model is None)
     _assign(result, tensors, index)
     return result.train(training) if model is None else result
 
@@ -172,7 +162,7 @@ def inspect(directory: str | os.PathLike[str]) -> ConversionPlan:
     tensors = _read_tensors(directory, index)
     entries = [entry_of(name, _read_layer(name, item)) for name, item in index["layers"].items()]
     names = {name for name in tensors if name not in index["transient"]}
-    stored = sum(tensors[name].numel() for name in names)
+    stored = sum(tensors[name].numel() for name in names - set(index["buffers"]))
     saved = sum(before - after for before, after in (entry.parameters for entry in entries))
     return ConversionPlan(entries, stored + saved, f"{index['model']} in {directory}")
 
@@ -180,23 +170,30 @@ def inspect(directory: str | os.PathLike[str]) -> ConversionPlan:
 def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
     """All tensors once, the aliases of those that are shared, and the names of buffers outside the state_dict."""
     state: dict[str, Any] = dict(model.state_dict(keep_vars=True))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    known = {*buffers, *(name for name, _ in model.named_parameters(remove_duplicate=False))}
     for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"{name}: a state of tensors can be saved; got {type(value).__name__}")
+        if name not in known or not isinstance(value, Tensor):
+            raise CheckpointError(f"{name}: parameters and buffers can be saved; got {type(value).__name__}")
         if value.is_meta:
             raise CheckpointError(f"{name}: it is on the meta device, without values to save")
-    buffers = dict(model.named_buffers(remove_duplicate=False))
     # Values that are computed at construction, but follow the model's dtype: kept so that a reload is identical.
     transient = [name for name in buffers if name not in state and not buffers[name].is_meta]
     state.update({name: buffers[name] for name in transient})
-    first: dict[int, str] = {}
+    first: dict[object, str] = {}
     tied: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
-        if id(value) in first:
-            tied[name] = first[id(value)]
+        # The same tensor, or another that is the same memory.
+        where = (
+            (value.device, value.data_ptr(), value.dtype, value.shape, value.stride(), type(value))
+            if value.numel()
+            else id(value)
+        )
+        if where in first:
+            tied[name] = first[where]
         else:
-            first[id(value)] = name
+            first[where] = name
             # A copy where memory is shared without the tensors being one: a file holds each on its own.
             tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     return tensors, tied, transient
@@ -210,22 +207,6 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _companions(model: nn.Module, work: Path, source: str | None) -> list[str]:
-    """Write a Hugging Face model's configuration and its source's other files into `work`; their names."""
-    config: Any = model.config
-    written = copy.deepcopy(config)
-    written.architectures = [type(model).__name__]
-    written.save_pretrained(work)
-    if getattr(model, "generation_config", None) is not None and model.can_generate():  # type: ignore[operator]
-        model.generation_config.save_pretrained(work)  # type: ignore[union-attr, operator]
-    if source and os.path.isdir(source):
-        for pattern in _COMPANIONS:
-            for file in Path(source).glob(pattern):
-                if file.is_file() and not (work / file.name).exists():
-                    shutil.copyfile(file, work / file.name)
-    return sorted(file.name for file in work.iterdir() if file.name != INDEX and not file.match(_WEIGHTS))
-
-
 def _read_index(directory: Path) -> dict[str, Any]:
     path = directory / INDEX
     try:
@@ -234,24 +215,49 @@ def _read_index(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory}: what save_pretrained wrote has {INDEX}; it is missing") from None
     except NotADirectoryError:
         raise CheckpointError(f"{directory}: a directory; it is a file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged, not JSON: {error}") from None
     if not isinstance(index, dict) or index.get("version") != VERSION:
         version = index.get("version") if isinstance(index, dict) else None
         raise CheckpointError(f"{path}: version {VERSION} is known; got {version!r}")
-    expected = {"weights": str, "model": str, "layers": dict, "tied": dict, "transient": list}
+    expected = {"weights": str, "model": str, "layers": dict, "tied": dict, "transient": list, "buffers": list}
     for key, kind in expected.items():
         if not isinstance(index.get(key), kind):
             raise CheckpointError(f"{path}: {key!r} is a {kind.__name__}; got {index.get(key)!r}")
     return index
 
 
+def _current(directory: Path) -> str | None:
+    """The weights that the index on disk points to."""
+    try:
+        return str(_read_index(directory)["weights"])
+    except CheckpointError:
+        return None
+
+
+def _dense_source(source: str | None) -> str | None:
+    """The directory of the dense model: what `source` was converted from, where it is a converted model itself."""
+    if not source or not os.path.isdir(source):
+        return source
+    with contextlib.suppress(CheckpointError):
+        recorded: str | None = _read_index(Path(source)).get("source")
+        return recorded
+    return os.path.abspath(source)
+
+
 def _read_tensors(directory: Path, index: Mapping[str, Any]) -> dict[str, Tensor]:
     name = index["weights"]
     path = directory / name
-    if Path(name).name != name or path.resolve().parent != directory.resolve():
+    try:
+        inside = Path(name).name == name and path.resolve().parent == directory.resolve()
+        present = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        inside = present = False
+    if not inside:
         raise CheckpointError(f"{directory / INDEX}: weights lie in the directory itself; got {name!r}")
-    if not path.is_file():
+    if not present:
         raise CheckpointError(f"{path}: the weights' file is missing")
     try:
         with safe_open(path, framework="pt") as file:
@@ -265,66 +271,48 @@ def _read_layer(name: str, item: Any) -> FactorizedLayer:
     if not isinstance(item, Mapping):
         raise CheckpointError(f"layer {name!r}: an object; got {item!r}")
     try:
-        layer = layer_type(item.get("kind", "")).from_config(item)
+        if "kind" not in item:
+            raise KeyError("kind")
+        layer = layer_type(item["kind"]).from_config(item)
+        stated = item.get("error")
+        layer.error = float(stated) if isinstance(stated, (int, float)) else None
     except TensorlayersError as error:
         raise CheckpointError(f"layer {name!r}: {error}") from None
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"layer {name!r}: malformed: {type(error).__name__}: {error}") from None
-    stated = item.get("error")
-    layer.error = float(stated) if isinstance(stated, (int, float)) else None
     return layer
 
 
 def _architecture(directory: Path, index: Mapping[str, Any]) -> nn.Module:
-    """Build a Hugging Face model from the directory's configuration."""
     if index.get("library") != "transformers":
         raise CheckpointError(f"{directory}: it holds a {index['model']}, not a Hugging Face model: pass `model`")
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError:
-        raise CheckpointError(f"{directory}: a Hugging Face model needs transformers to be installed") from None
-    cls: Any = getattr(transformers, index["model"], None)
-    found: object = cls
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise CheckpointError(f"{directory}: transformers has no model {index['model']!r}: pass `model`")
-    try:
-        config = cls.config_class.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory}: the model's config.json: {error}") from None
-    with _no_initialization(), torch.device("cpu"):
-        model: nn.Module = cls(config)
-    return model
+    return hub.build(index["model"], index.get("config"), index.get("generation"), directory)
 
 
-@contextlib.contextmanager
-def _no_initialization() -> Iterator[None]:
-    """Skip the random values that loading overwrites, where this version of transformers has a way to."""
-    for place in ("transformers.initialization", "transformers.modeling_utils"):
-        with contextlib.suppress(ImportError, AttributeError):
-            skip = importlib.import_module(place).no_init_weights
-            break
-    else:
-        skip = contextlib.nullcontext
-    with skip():
-        yield
-
-
-def _with_layers(model: nn.Module, layers: Mapping[str, FactorizedLayer]) -> nn.Module:
-    """A copy of `model` with its dense layers of these names replaced; their weights are not copied."""
+def _with_layers(model: nn.Module, layers: Mapping[str, FactorizedLayer], inplace: bool) -> nn.Module:
+    """The model, or a copy, with its dense layers of these names replaced."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    memo: dict[int, object] = {}
+    replacements: dict[int, tuple[nn.Module, nn.Module]] = {}
     for name, layer in layers.items():
         if name not in modules:
             raise CheckpointError(f"layer {name!r}: the model has no module of this name")
         module = modules[name]
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if isinstance(weight, nn.parameter.UninitializedParameter):
+            raise CheckpointError(f"layer {name!r}: the model's layer is lazy; it has no shape yet")
         dense = type(layer).matches(module) is not None
         shape = type(layer).dense_shape(module) if dense else getattr(module, "weight_shape", None)
-        if shape != layer.weight_shape:
+        if weight is None or shape != layer.weight_shape:
             found = f"the model has a {type(module).__name__} of shape {shape}"
             raise CheckpointError(f"layer {name!r}: its dense weight has shape {layer.weight_shape}; {found}")
+        if not weight.is_meta:
+            layer.to_empty(device=weight.device)
+        layer.cores.requires_grad_(weight.requires_grad)
+        if layer.bias is not None and bias is not None:
+            layer.bias.requires_grad_(bias.requires_grad)
         layer.train(module.training)
-        memo[id(module)] = layer
-    return memo[id(model)] if id(model) in memo else copy.deepcopy(model, memo)  # type: ignore[return-value]
+        replacements[id(module)] = (module, layer)
+    return swap(model, replacements, inplace)
 
 
 def _assign(model: nn.Module, tensors: Mapping[str, Tensor], index: Mapping[str, Any]) -> None:

@@ -1,0 +1,107 @@
+"""Swapping modules in a model or in a copy of it, and what such a copy has to mind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+    "_backward_pre_hooks",
+)
+
+
+def swap(model: nn.Module, replacements: Mapping[int, tuple[nn.Module, nn.Module]], inplace: bool) -> nn.Module:
+    """Swap modules, in the model or in a copy that never copies what is swapped out.
+
+    Parameters
+    ----------
+    model : nn.Module
+    replacements : mapping
+        The id of each module to go -> (that module, the one that takes its place, its hooks included).
+    inplace : bool
+        A model that is itself replaced is not changed: use what is returned.
+
+    Returns
+    -------
+    nn.Module
+        The model, or a copy that shares nothing with it.
+    """
+    memo: dict[int, object] = {} if inplace else copy_memo(model)
+    memo |= {key: new for key, (_, new) in replacements.items()}
+    if id(model) in replacements:
+        result = replacements[id(model)][1]
+    elif inplace:
+        result = model
+        for parent in list(model.modules()):
+            for name, child in parent._modules.items():
+                if child is not None and id(child) in replacements:
+                    parent._modules[name] = replacements[id(child)][1]
+    else:
+        # deepcopy takes what its memo already holds, wherever the model refers to it.
+        result = copy.deepcopy(model, memo)
+    for old, new in replacements.values():
+        for name in _HOOKS:
+            if old.__dict__.get(name) is not None:  # False: backward hooks of the old kind
+                # In place the handles that users hold must go on working; a copy must share nothing.
+                new.__dict__[name] = old.__dict__[name] if inplace else copy.deepcopy(old.__dict__[name], memo)
+    return result
+
+
+def overlapping(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Pairs of distinct parameters that have elements in common.
+
+    Two weights that were loaded from one file, or are columns of one matrix, lie in one storage without that.
+    """
+    spans = []
+    for parameter in model.parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter) or type(parameter.data) is not Tensor:
+            continue
+        if parameter.layout == torch.strided and not parameter.is_meta and parameter.numel():
+            extent = sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True)) + 1
+            start = parameter.data_ptr()
+            spans.append((str(parameter.device), start, start + extent * parameter.element_size(), parameter))
+    spans.sort(key=lambda span: span[:3])
+    pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+    live: list[tuple[str, int, int, nn.Parameter]] = []
+    for span in spans:
+        live = [other for other in live if other[0] == span[0] and other[2] > span[1]]
+        pairs += [(other[3], span[3]) for other in live if _share_elements(other[3], span[3])]
+        live.append(span)
+    return pairs
+
+
+def _share_elements(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors whose address ranges overlap have an element in common."""
+    if first.dtype != second.dtype or first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
+        return True
+    if first.is_contiguous() and second.is_contiguous():
+        return True
+    used = torch.zeros(first.untyped_storage().nbytes() // first.element_size(), dtype=torch.bool)
+    used.as_strided(first.shape, first.stride(), first.storage_offset()).fill_(True)
+    return bool(used.as_strided(second.shape, second.stride(), second.storage_offset()).any())
+
+
+def copy_memo(model: nn.Module) -> dict[int, object]:
+    """A memo for ``copy.deepcopy(model, memo)`` that holds what deepcopy itself gets wrong."""
+    memo: dict[int, object] = {}
+    # Parameters are cloned one by one, which would untie those that overlap; plain tensors keep their storage.
+    for pair in overlapping(model):
+        for parameter in pair:
+            if id(parameter) not in memo:
+                memo[id(parameter)] = nn.Parameter(copy.deepcopy(parameter.data, memo), parameter.requires_grad)
+    # Weights that a hook computes anew at each forward (weight_norm, pruning) are no leaves, and would be refused.
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return memo
