@@ -137,7 +137,7 @@ def plan(terms: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes: tup
     --------
     >>> p = plan((("n", "i"), ("i", "r"), ("r", "o")), ("n", "o"), (("n", 64), ("i", 768), ("r", 8), ("o", 768)))
     >>> [step.equation for step in p.steps]
-    ['ab,bc->ac', 'ab,cb->ca']
+    ['ab,bc->ac', 'ab,ca->cb']
     >>> p.flops, p.largest
     (1572864, 512)
     """

@@ -65,7 +65,7 @@ def run(out: Path, share: float = 0.5) -> None:
 
     batch = tokenizer(sentences[:32], padding=True, return_tensors="pt")
     times = evaluate.latency({name: partial(_forward, model, batch) for name, model in models.items()})
-    head = f"{'':16}{'parameters':>12}{'bytes on disk':>15}{'MACs/token':>13}{'latency':>10}{'quality':>9}"
+    head = f"{'':18}{'parameters':>12}{'bytes on disk':>15}{'MACs/token':>13}{'latency':>10}{'quality':>9}"
     print(f"\n{head}\n{'-' * len(head)}")
     shown = plan_conversion(model, {_ENCODER: LowRank(share)}, errors=False)
     for name, candidate in models.items():
@@ -77,7 +77,7 @@ def run(out: Path, share: float = 0.5) -> None:
             size, macs = evaluate.weight_bytes(directory), plans[name].macs[1]
             kept = evaluate.quality(model, candidate, tokenizer, sentences).similarity or 0.0
         parameters = sum(p.numel() for p in candidate.parameters())
-        print(f"{name:16}{parameters:12,}{size:15,}{macs:13,}{times[name]:7.1f} ms{kept:9.3f}")
+        print(f"{name:18}{parameters:12,}{size:15,}{macs:13,}{times[name]:7.1f} ms{kept:9.3f}")
     print(
         "\nquality: Spearman correlation of pairwise sentence similarities with the dense model's, without any\n"
         "fine-tuning. MACs: of the layers listed in the plan. latency: median of a batch of 32 sentences, in turn."

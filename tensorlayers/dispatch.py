@@ -6,15 +6,17 @@ A record names a module and loads it on first use, so that Triton stays optional
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from . import functional
+from . import contraction, functional
 from .errors import KernelError
 from .network import Network
 
@@ -32,28 +34,30 @@ class Implementation:
     module : str
         Dotted path; it has ``linear(x, network, cores)`` with the meaning of `functional.contract_rows`.
     refusal : callable
-        (x, network) -> None where the kernel can run, else why it cannot.
+        (network, device type, dtype) -> None where the kernel can run, else why it cannot.
     """
 
     name: str
     module: str
-    refusal: Callable[[Tensor, Network], str | None]
-
-    def load(self) -> functional.Product:
-        """Import the kernel's module."""
-        product: functional.Product = importlib.import_module(self.module).linear
-        return product
+    refusal: Callable[[Network, str, torch.dtype], str | None]
 
 
-def _tt2_refusal(x: Tensor, network: Network) -> str | None:
+def _tt2_refusal(network: Network, device: str, dtype: torch.dtype) -> str | None:
     if network.pattern != _TT2:
         return "not a tensor train of two cores"
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"dtype {x.dtype}"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {dtype}"
+    if device == "cpu" and dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 wrongly"
+    if device != "cpu" and dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "full float32 precision does not use the matrix units"
     return None
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (Implementation("tt2", "tensorlayers.kernels.tt2", _tt2_refusal),)
+
+_PRODUCTS: dict[str, functional.Product] = {"torch": functional.contract_rows}
+"""The implementations loaded so far, by name."""
 
 _mode = "auto"
 
@@ -81,23 +85,34 @@ def use_kernels(mode: str) -> Iterator[None]:
 
 def choose(x: Tensor, network: Network) -> functional.Product:
     """The implementation for a call: a kernel, or the reference contraction."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if _mode == "torch" or (_mode == "auto" and not (x.is_cuda and _triton_present())):
+    if _mode != "triton" and not x.is_cuda:
         return functional.contract_rows
+    return _PRODUCTS[_chosen(network, _mode, x.device.type, x.dtype)]
+
+
+# A compiled graph keeps the name; neither the search nor an import can be traced.
+@contraction.constant_when_compiled
+def _chosen(network: Network, mode: str, device: str, dtype: torch.dtype) -> str:
+    """The name of the implementation, which is loaded then."""
+    if mode == "torch" or (mode == "auto" and not _triton_present()):
+        return "torch"
     reasons = []
-    if _mode == "triton" and not (x.is_cuda or interpreted):
-        reasons.append(f"device {x.device}")
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        reasons.append("on the CPU Triton needs its interpreter")
     else:
         for implementation in IMPLEMENTATIONS:
-            reason = implementation.refusal(x, network)
+            reason = implementation.refusal(network, device, dtype)
             if reason is None:
-                return implementation.load()
+                if implementation.name not in _PRODUCTS:
+                    _PRODUCTS[implementation.name] = importlib.import_module(implementation.module).linear
+                return implementation.name
             reasons.append(f"{implementation.name}: {reason}")
-    if _mode == "triton":
+    if mode == "triton":
         raise KernelError(f"no Triton kernel supports this call: {'; '.join(reasons)}")
-    return functional.contract_rows
+    return "torch"
 
 
+@lru_cache(maxsize=1)
 def _triton_present() -> bool:
     return importlib.util.find_spec("triton") is not None
 

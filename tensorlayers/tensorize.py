@@ -41,7 +41,7 @@ def balanced_modes(size: int, order: int) -> tuple[int, ...]:
     ((24, 32), (16, 16, 16), (3, 6))
     >>> import math
     >>> math.prod(balanced_modes(50257, 2))
-    50274
+    50264
     """
     _check(size, order)
     best: tuple[float, tuple[int, ...]] | None = None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from tensorlayers import contraction, dispatch, functional
+from tensorlayers import TT, FactorizedLinear, contraction, dispatch, functional
 from tensorlayers.errors import KernelError
 from tensorlayers.kernels import tt2
 from tensorlayers.network import Network, linear_modes
@@ -372,3 +372,17 @@ def test_dtypes_are_refused() -> None:
         tt2.linear(x.double(), network, (a.double(), g.double()))
     with pytest.raises(KernelError, match="bfloat16"):
         tt2.linear(x.bfloat16(), network, (a.bfloat16(), g.bfloat16()))
+
+
+def test_a_compiled_layer_calls_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = FactorizedLinear(12, 20, format=TT(3, in_modes=(3, 4), out_modes=(4, 5)))
+    calls = []
+    original = tt2.launch
+    monkeypatch.setattr(tt2, "launch", lambda *tensors: (calls.append(1), original(*tensors))[1])
+    with dispatch.use_kernels("triton"):
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+        for rows in (2, 5):
+            x = torch.randn(rows, 12)
+            expected = functional.F.linear(x.double(), layer.to_dense().double(), layer.bias.double())
+            assert error(compiled(x), expected) < TOLERANCE[SINGLE]
+    assert calls
