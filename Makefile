@@ -1,5 +1,7 @@
 # make test   set up a virtual environment, then lint, types, and all tests
 # make demo   set up, then convert a real pretrained sentence encoder and report
+# make test-oldest   the tests with the oldest TensorLy that is supported
+# make notebooks     run the notebooks again, in place
 # The environment is made anew whenever the files that define it change.
 
 PYTHON ?= python3
@@ -8,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 DEFINITION := constraints.txt pyproject.toml setup.cfg
 
-.PHONY: test test-oldest demo lint clean
+.PHONY: test test-oldest demo notebooks lint clean
 
 # Torch first and alone: so that the constrained build is in place before any package asks for "torch".
 $(VENV)/.installed: $(DEFINITION)
@@ -34,6 +36,10 @@ test-oldest:
 
 demo: $(VENV)/.installed
 	$(BIN)/tensorlayers demo
+
+notebooks: $(VENV)/.installed
+	$(PIP) install -c constraints.txt -e '.[notebooks]'
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info demo-output

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .cost import SLOWER
 from .errors import ConversionError, RankError, TensorlayersError
