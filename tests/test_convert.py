@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import tensorlayers as tl
 from tensorlayers import TT, FactorizedLinear, LowRank, convert, convert_model, formats, plan_conversion, summarize
