@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
@@ -14,6 +15,8 @@ from .errors import ConversionError
 from .formats import Format
 from .layers import FactorizedLayer, layer_types
 from .surgery import overlapping
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 Choice = Mapping[str, "Format | None"]
 
@@ -89,13 +92,14 @@ def _obstacle(name: str, module: nn.Module, tied: Mapping[int, list[str]]) -> st
     if set(module._parameters) - {"weight", "bias"}:
         return f"parametrized: it has {', '.join(sorted(set(module._parameters) - {'weight', 'bias'}))}"
     weight = module._parameters["weight"]
-    if weight is None or not weight.is_floating_point() or type(weight.data) is not Tensor:
-        return "quantized: its weight is no plain floating-point tensor"
+    if weight is None or weight.dtype not in _DTYPES or type(weight.data) is not Tensor:
+        return "quantized: its weight is no plain tensor of 16 to 64 floating-point bits"
     if not weight.numel():
         return "nothing saved: it has no weights"
-    if id(weight) in tied:
-        own_name = f"{name}.weight" if name else "weight"
-        return f"tied with {', '.join(other for other in tied[id(weight)] if other != own_name)}"
+    for key, parameter in module._parameters.items():
+        if id(parameter) in tied:
+            own_name = f"{name}.{key}" if name else key
+            return f"tied with {', '.join(other for other in tied[id(parameter)] if other != own_name)}"
     own = type(module).forward
     if "forward" in module.__dict__ or (isinstance(module, nn.Linear) and own is not nn.Linear.forward):
         return f"parametrized: {type(module).__name__} replaces the forward"

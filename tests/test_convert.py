@@ -999,3 +999,18 @@ def test_the_progress_bar_names_the_layer_that_is_worked_on(monkeypatch):
     convert_model(Net(), HALF, progress=False)
     convert_model(Net(), HALF)  # this stream is no terminal
     assert stream.getvalue() == ""
+
+
+def test_a_tied_bias_stays_tied():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].bias = model[0].bias
+    plan = plan_conversion(model, LowRank(0.5), errors=False)
+    assert [entry.reason for entry in plan] == ["tied with 1.bias", "tied with 0.bias"]
+    converted = convert_model(model, LowRank(0.5))
+    assert converted[0].bias is converted[1].bias
+
+
+def test_a_weight_of_eight_bits_stays_as_it_is():
+    model = nn.Sequential(nn.Linear(64, 64))
+    model[0].weight = nn.Parameter(model[0].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    assert plan_conversion(model, LowRank(0.5), errors=False)["0"].reason.startswith("quantized")
