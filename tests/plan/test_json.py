@@ -1,0 +1,233 @@
+"""A plan to JSON and back, edited and damaged."""
+
+import copy
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tensorlayers import BTT, CP, TT, ConversionPlan, LowRank, Tucker, convert_model, plan_conversion
+from tensorlayers.errors import ConversionError, FormatError, ModeError, RankError, TensorlayersError
+from tests.plan.support import _factorized, _plan, _small
+
+
+@st.composite
+def _formats(draw):
+    cls = draw(st.sampled_from([LowRank, TT, BTT, Tucker, CP]))
+    options = {}
+    if cls is not LowRank:
+        options["order"] = draw(st.sampled_from([2, 3]))
+    if draw(st.booleans()):
+        options |= {"in_modes": (8, 9), "out_modes": (5, 13)}
+    return cls(draw(st.one_of(st.integers(1, 5000), st.floats(0.2, 1))), **options)
+
+
+@given(first=_formats(), second=_formats())
+def test_a_plan_survives_json(first, second):
+    model = nn.Sequential(nn.Linear(64, 65), nn.Linear(72, 64), nn.MultiheadAttention(64, 4), nn.LazyLinear(3))
+    plan = _plan(model, {"0": first, "1": second}, force=True)
+    again = ConversionPlan.from_json(plan.to_json())
+    assert list(again) == list(plan)
+    assert str(again) == str(plan)
+    assert again.to_json() == plan.to_json()
+
+
+def test_a_plan_with_errors_and_shared_modules_survives_json():
+    model = _small()
+    model.third = nn.Sequential(model.first, nn.Linear(96, 64))
+    plan = plan_conversion(model, {"third.1": TT((5,)), "*": LowRank(0.5)}, force=True)
+    again = ConversionPlan.from_json(plan.to_json())
+    assert list(again) == list(plan)
+    assert again["third.0"].error == plan["first"].error
+    assert set(_factorized(convert_model(model, again))) == {"first", "second", "third.1"}
+
+
+def _json(**kwargs):
+    return json.loads(plan_conversion(_small(), LowRank(0.5), errors=False, **kwargs).to_json())
+
+
+def test_a_format_edited_in_the_json_takes_effect():
+    data = json.loads(plan_conversion(_small(), LowRank(0.5)).to_json())
+    data["layers"][0]["format"]["rank"] = 3
+    data["layers"][1]["format"] = {"name": "tt", "rank": 2, "in_modes": [8, 12]}
+    data["layers"][2]["format"] = None
+    plan = ConversionPlan.from_json(json.dumps(data))
+    assert plan["first"].network.ranks == (3,)
+    assert plan["first"].parameters == (6144, 3 * 160)
+    assert plan["first"].macs == (6144, 3 * 160)
+    assert plan["second"].network == TT(2, in_modes=(8, 12)).network(64, 96)
+    assert plan["third"].parameters == (4096, 4096)
+    assert plan.converted == ("first", "second")
+    layers = _factorized(convert_model(_small(), plan))
+    assert {name: layer.network for name, layer in layers.items()} == {
+        name: plan[name].network for name in plan.converted
+    }
+
+
+def test_an_edited_format_does_not_keep_the_error_of_the_old_one():
+    before = plan_conversion(_small(), LowRank(0.5))
+    data = json.loads(before.to_json())
+    data["layers"][0]["format"]["rank"] = 3
+    data["layers"][2]["format"]["name"] = "btt"  # of the same parameters and MACs
+    plan = ConversionPlan.from_json(json.dumps(data))
+    assert plan["third"].parameters == before["third"].parameters
+    assert plan["third"].macs == before["third"].macs
+    assert [entry.error for entry in plan] == [None, before["second"].error, None]
+    assert before["second"].error is not None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2", "nan", "plan", "[" * 100_000, "1" * 5_000])
+def test_text_that_is_no_json_is_refused(text):
+    with pytest.raises(ConversionError, match=r"JSON|version"):
+        ConversionPlan.from_json(text)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
+def test_an_unknown_version_is_refused(version):
+    with pytest.raises(ConversionError, match="version") as caught:
+        ConversionPlan.from_json(json.dumps(_json() | {"version": version}))
+    assert repr(version) in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["version", "layers", "total"])
+def test_a_missing_part_is_refused(key):
+    data = _json()
+    del data[key]
+    with pytest.raises(ConversionError, match=key):
+        ConversionPlan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("key", ["name", "kind", "shape", "layer", "parameters", "macs"])
+def test_a_layer_with_a_missing_field_is_refused(key):
+    data = _json()
+    del data["layers"][1][key]
+    with pytest.raises(ConversionError, match=key):
+        ConversionPlan.from_json(json.dumps(data))
+
+
+FIELDS = {
+    "name": [5, None, [], {}, True],
+    "kind": [5, None, [], {}],
+    "shape": ["64x64", 64, None, [64], [64, 64, 64], [64, "a"], [64, None], [0, 64], [-1, 64], [64.5, 64], [True, 64]],
+    "layer": [5, None, [], "conv9d", ""],
+    "parameters": [5, None, "ab", [1], [1, 2, 3], ["a", 1], [None, 1], [1.5, 1], {"a": 1, "b": 2}, [-1, 1]],
+    "macs": [5, None, "ab", [1], [1, 2, 3], ["a", 1], [None, 1], [1.5, 1], {"a": 1, "b": 2}, [-1, 1]],
+    "error": ["x", [], {}, True],
+    "aliases": [5, "abc", [5], [None], {"a": 1}],
+    "format": [5, "tt", [], {}, {"rank": 3}, {"name": 5, "rank": 3}],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in FIELDS for value in FIELDS[field]], ids=str)
+def test_a_field_of_a_wrong_type_is_refused(field, value):
+    data = _json()
+    data["layers"][1][field] = value
+    with pytest.raises(TensorlayersError) as caught:
+        ConversionPlan.from_json(json.dumps(data))
+    message = str(caught.value)
+    assert field in message
+    if field != "name":
+        assert "second" in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("reason", 5), ("reason", []), ("blocked", "no"), ("blocked", 5)], ids=str
+)
+def test_a_reason_or_a_block_of_a_wrong_type_is_refused(field, value):
+    data = json.loads(_plan(format={"first": LowRank(3)}).to_json())
+    data["layers"][1][field] = value
+    with pytest.raises(ConversionError, match=f"second.*{field}|{field}.*second"):
+        ConversionPlan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("format", "error", "named"),
+    [
+        ({"name": "mystery", "rank": 3}, FormatError, "mystery"),
+        ({"name": "tt"}, FormatError, "rank"),
+        ({"name": "tt", "rank": 3, "colour": 1}, FormatError, "colour"),
+        ({"name": "lowrank", "rank": 3, "order": 2}, FormatError, "order"),
+        ({"name": "tt", "rank": 3, "order": "2"}, FormatError, "order"),
+        ({"name": "tt", "rank": 0}, RankError, "rank 0"),
+        ({"name": "tt", "rank": [2, 2]}, RankError, "(2, 2)"),
+        ({"name": "tt", "rank": 0.00001}, RankError, "1e-05"),
+        ({"name": "tt", "rank": "3"}, RankError, "'3'"),
+        ({"name": "tt", "rank": None}, RankError, "None"),
+        ({"name": "tt", "rank": 3, "in_modes": [2, 2]}, ModeError, "in_modes"),
+        ({"name": "tt", "rank": 3, "out_modes": [8, "8"]}, ModeError, "out_modes"),
+        ({"name": "tt", "rank": 3, "out_modes": 64}, ModeError, "out_modes"),
+    ],
+    ids=str,
+)
+def test_a_wrong_format_in_the_json_is_refused(format, error, named):
+    data = _json()
+    data["layers"][1]["format"] = format
+    with pytest.raises(error) as caught:
+        ConversionPlan.from_json(json.dumps(data))
+    assert named in str(caught.value)
+    assert "second" in str(caught.value)
+
+
+@pytest.mark.parametrize("layers", [5, "x", None, {}, {"name": "x"}, [5], [None], [[]], ["x"]], ids=str)
+def test_layers_that_are_no_list_of_objects_are_refused(layers):
+    with pytest.raises(ConversionError, match="layer"):
+        ConversionPlan.from_json(json.dumps(_json() | {"layers": layers}))
+
+
+@pytest.mark.parametrize("total", ["x", None, [], {}, 1.5, -1], ids=str)
+def test_a_total_of_a_wrong_type_is_refused(total):
+    with pytest.raises(ConversionError, match="total"):
+        ConversionPlan.from_json(json.dumps(_json() | {"total": total}))
+
+
+def test_a_layer_that_is_listed_twice_is_refused():
+    data = _json()
+    data["layers"].append(data["layers"][1])
+    with pytest.raises(ConversionError, match="second"):
+        ConversionPlan.from_json(json.dumps(data))
+
+
+def _places(value, path=()):
+    """The path of every value in plain data."""
+    yield path
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from _places(value[key], (*path, key))
+
+
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([-1, 0, 1, 2, 64, 2**40, 0.5, -0.5, 1e300, float("inf"), float("nan")]),
+    st.sampled_from(["", "x", "second", "linear", "tt", "\0", "\ud800", "x" * 300]),
+    st.sampled_from([[], {}, [1], [1, 2], ["x", "y"], [[]], {"name": "tt"}, {"name": "tt", "rank": 2}]),
+)
+
+
+def _replaced(data, path, value):
+    if not path:
+        return value
+    data = copy.copy(data)
+    data[path[0]] = _replaced(data[path[0]], path[1:], value)
+    return data
+
+
+SOURCE = _json()
+
+
+@pytest.mark.parametrize("path", list(_places(SOURCE)), ids=lambda path: ".".join(map(str, path)) or "all")
+@given(junk=JUNK)
+def test_any_value_replaced_by_junk_is_refused_or_harmless(path, junk):
+    model = _small()
+    try:
+        plan = ConversionPlan.from_json(json.dumps(_replaced(SOURCE, path, junk)))
+    except TensorlayersError:
+        return
+    assert max(map(len, str(plan).splitlines())) <= 100
+    assert list(ConversionPlan.from_json(plan.to_json())) == list(plan)
+    try:
+        convert_model(model, plan)
+    except TensorlayersError:
+        assert _factorized(model) == {}
