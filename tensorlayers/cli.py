@@ -33,7 +33,8 @@ which format:
   tucker    2x to 16x
   tt, cp    50x to 1000x; at 2x to 16x they are slower than dense, and layers stay dense unless --force
 
-A layer that would be slower or larger than dense stays dense; the plan says which and why."""
+A layer that is predicted to become more than 5 % slower than dense, or to save nothing, stays dense; the plan says
+which and why."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,8 +141,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _convert(arguments: argparse.Namespace) -> None:
     choice = _choice(arguments)
-    text = arguments.plan.read_text(encoding="utf-8") if arguments.plan else None
-    given = ConversionPlan.from_json(text) if text is not None else None
+    given = ConversionPlan.from_json(_read_text(arguments.plan)) if arguments.plan else None
     model = hub.load_model(arguments.model)
     plan = given or plan_conversion(model, choice, force=arguments.force, errors=False)
     converted = convert_model(model, plan)
@@ -164,6 +164,13 @@ def _eval(arguments: argparse.Namespace) -> None:
     source = arguments.source or read_index(arguments.directory).get("source")
     if not source:
         raise TensorlayersError(f"{arguments.directory}: it does not record its source: pass --source MODEL_DIR")
-    texts = arguments.text.read_text(encoding="utf-8").splitlines()
+    texts = _read_text(arguments.text).splitlines()
     converted = load_pretrained(arguments.directory)
     print(evaluate.quality(hub.load_model(source), converted, hub.load_tokenizer(source), texts))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TensorlayersError(f"{path}: a text in UTF-8: {error}") from None

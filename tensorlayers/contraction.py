@@ -262,6 +262,8 @@ def _steps(
 
 
 def _equation(operands: Sequence[Sequence[str]], result: Sequence[str]) -> str:
+    if len(set().union(*operands)) > len(string.ascii_letters):
+        raise NetworkError(f"a contraction step has at most {len(string.ascii_letters)} indices; got {operands}")
     letters = dict(zip(dict.fromkeys(index for term in operands for index in term), string.ascii_letters, strict=False))
     left = ",".join("".join(letters[index] for index in term) for term in operands)
     return f"{left}->{''.join(letters[index] for index in result)}"

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -64,9 +65,11 @@ def plan_conversion(
         entries.append(_decide(layer, chosen[layer.name], where, force, exact))
     if errors:
         modules = {layer.name: layer.module for layer in found}
-        for position, entry in _bar(entries, progress):
-            if entry.converted and not any(p.is_meta for p in modules[entry.name].parameters()):
-                entries[position] = replace(entry, error=_factorize(modules[entry.name], entry).error)
+        # The same random numbers as the conversion will draw, and none of the user's.
+        with torch.random.fork_rng(devices=[]):
+            for position, entry in _bar(entries, progress):
+                if entry.converted and not any(p.is_meta for p in modules[entry.name].parameters()):
+                    entries[position] = replace(entry, error=_factorize(modules[entry.name], entry).error)
     return ConversionPlan(entries, _parameters(model))
 
 
@@ -81,9 +84,9 @@ def convert_model(
 ) -> nn.Module:
     """Replace dense layers by factorized ones.
 
-    Tied weights stay tied (and dense); device, dtype, training mode, requires_grad, hooks and a missing bias are
-    kept. By default a layer stays dense where the cost model predicts more than 1.05 x its FLOPs, or where nothing
-    would be saved; one warning says how many, and why.
+    Tied weights stay tied (and dense); device, dtype, training mode, requires_grad, forward and backward hooks and
+    a missing bias are kept. By default a layer stays dense where the cost model predicts more than 1.05 x its FLOPs,
+    or where nothing would be saved; one warning says how many, and why.
 
     Parameters
     ----------
@@ -93,7 +96,8 @@ def convert_model(
     inplace : bool
         Replace the layers in `model` itself. Otherwise it is copied, and the copy shares nothing with it; the
         weights that are replaced are not copied. A model that itself is a dense layer is never changed: use what
-        is returned.
+        is returned. Only the module tree is mended: what else holds a layer (a plain list, a bound method) keeps the
+        dense one.
     where, force, progress
         See `plan_conversion`. With a plan, `where` and `force` are already decided.
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import contraction
 from .errors import DecompositionError
 from .network import Network
+from .precision import without_autocast
 
 _COMPONENT_BOUND = 3.0
 """CP: the root sum of squares of the components' norms stays below this many times the tensor's norm."""
@@ -80,7 +81,11 @@ def decompose_matrix(
         raise DecompositionError(f"weight: a floating-point dtype; got {weight.dtype}")
     if weight.is_meta:
         raise DecompositionError("weight: it is on the meta device, without values to decompose")
-    network = network_of(*weight.shape)
+    with without_autocast(weight):
+        return _decompose(weight, network_of(*weight.shape), fill)
+
+
+def _decompose(weight: Tensor, network: Network, fill: Callable[[Tensor, Network], Sequence[Tensor]]) -> Decomposition:
     matrix = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     bad = int((~torch.isfinite(matrix)).sum())
     if bad:

@@ -19,6 +19,7 @@ from torch import Tensor
 from . import contraction, functional
 from .errors import KernelError
 from .network import Network
+from .precision import cast_for_autocast
 
 # Order-2 tensor train: o1 i1 r, r o2 i2.
 _TT2 = (((0, 1, 2), (2, 3, 4)), ((0, "out"), (3, "out"), (1, "in"), (4, "in")))
@@ -125,6 +126,7 @@ def linear(
     *,
     out_features: int | None = None,
 ) -> Tensor:  # (*batch, out_features)
-    """`functional.linear` by the implementation that `choose` picks."""
+    """`functional.linear` by the implementation that `choose` picks; under autocast, in its dtype."""
+    x, *cores = cast_for_autocast(x, *cores)
     product = choose(x, network)
     return functional.linear(x, network, cores, bias, out_features=out_features, product=product)

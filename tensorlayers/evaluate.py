@@ -48,12 +48,13 @@ class Quality:
 
 
 def quality(dense: nn.Module, converted: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Quality:
-    """Compare a converted Hugging Face model with its source on texts.
+    """Compare a converted Hugging Face model with its source on texts, both in evaluation mode.
 
     Parameters
     ----------
     dense, converted : nn.Module
-        Encoders (``last_hidden_state``) or causal language models (``logits``).
+        Encoders (``last_hidden_state``), causal language models, or others with ``logits``, which are compared by
+        `Quality.error` alone.
     tokenizer : transformers tokenizer
     texts : sequence of str
         At least 3 for an encoder.
@@ -65,46 +66,90 @@ def quality(dense: nn.Module, converted: nn.Module, tokenizer: Any, texts: Seque
     Raises
     ------
     ConversionError
-        If there are too few texts, or the model gives neither output.
+        If there are too few texts, a model gives neither output, or the two give outputs of different shapes.
     """
+    if isinstance(texts, str):
+        raise ConversionError(f"texts: a sequence of texts; got one string, {texts[:20]!r}...")
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise ConversionError("texts: at least one that is not empty; got none")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    models = (dense, converted)
+    modes = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        return _quality(models, tokenizer, texts)
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
+def _quality(models: tuple[nn.Module, nn.Module], tokenizer: Any, texts: Sequence[str]) -> Quality:
+    causal = type(models[0]).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     difference = norm = 0.0
     pooled: tuple[list[Tensor], list[Tensor]] = ([], [])
     losses, tokens = [0.0, 0.0], 0
-    language = False
+    hidden = False
     for start in range(0, len(texts), _BATCH):
-        inputs = tokenizer(texts[start : start + _BATCH], padding=True, truncation=True, return_tensors="pt")
+        inputs = _tokens(tokenizer, texts[start : start + _BATCH])
         mask = inputs["attention_mask"].bool()
         outputs = []
-        for model in (dense, converted):
-            with torch.inference_mode():
-                result = model(**inputs)
-            output = getattr(result, "logits", None)
-            language = isinstance(output, Tensor) and output.dim() == 3
-            output = output if language else getattr(result, "last_hidden_state", None)
-            if not isinstance(output, Tensor):
-                raise ConversionError(f"{type(model).__name__}: an encoder or a causal language model can be compared")
-            outputs.append(output.double())
-        difference += float((outputs[0] - outputs[1])[mask].square().sum())
-        norm += float(outputs[0][mask].square().sum())
+        for model in models:
+            name, output = _output(model, inputs)
+            hidden = name == "last_hidden_state"
+            outputs.append(output)
+        if outputs[0].shape != outputs[1].shape:
+            shapes = f"{tuple(outputs[0].shape)} and {tuple(outputs[1].shape)}"
+            raise ConversionError(f"outputs: a model and its source give the same shape; got {shapes}")
+        # Logits of a whole text have no tokens to mask.
+        wanted = mask if outputs[0].shape[:2] == mask.shape else ...
+        difference += float((outputs[0] - outputs[1])[wanted].square().sum())
+        norm += float(outputs[0][wanted].square().sum())
         for k, output in enumerate(outputs):
-            if language:
+            if causal:
                 losses[k] += _loss(output, inputs["input_ids"], mask)
-            else:
+            elif hidden:
                 weights = mask[..., None].double()
                 pooled[k].append((output * weights).sum(1) / weights.sum(1))
         tokens += int((mask[:, 1:]).sum())
     error = (difference / norm) ** 0.5
-    if language:
-        perplexity = tuple(float(torch.tensor(loss / max(tokens, 1)).exp()) for loss in losses)
+    if causal:
+        perplexity = [float(torch.tensor(loss / max(tokens, 1)).exp()) for loss in losses]
         return Quality(len(texts), error, perplexity=(perplexity[0], perplexity[1]))
+    if not hidden:
+        return Quality(len(texts), error)
     if len(texts) < 3:
         raise ConversionError(f"texts: at least 3, so that similarities can be ranked; got {len(texts)}")
     return Quality(len(texts), error, similarity=_rank_correlation(torch.cat(pooled[0]), torch.cat(pooled[1])))
+
+
+def _tokens(tokenizer: Any, texts: Sequence[str]) -> Any:
+    """Tokenize a batch; a tokenizer without a padding token pads with its last, and is left as it was."""
+    before = tokenizer.pad_token
+    try:
+        if before is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+    finally:
+        if before is None:
+            tokenizer.pad_token = None
+
+
+def _output(model: nn.Module, inputs: Any) -> tuple[str, Tensor]:
+    """The name of the model's output that is compared, and it in float64 on the CPU."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ConversionError(f"{type(model).__name__}: an encoder-decoder has no output for a text alone")
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        try:
+            result = model(**{name: value.to(device) for name, value in inputs.items()})
+        except IndexError:
+            raise ConversionError(f"{type(model).__name__}: the tokenizer's ids fit the model's vocabulary") from None
+    for name in ("logits", "last_hidden_state"):
+        output = getattr(result, name, None)
+        if isinstance(output, Tensor):
+            return name, output.cpu().double()
+    raise ConversionError(f"{type(model).__name__}: a model with logits or last_hidden_state can be compared")
 
 
 def _loss(logits: Tensor, ids: Tensor, mask: Tensor) -> float:

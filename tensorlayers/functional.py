@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import contraction
 from .errors import NetworkError
 from .network import Network
+from .precision import without_autocast
 
 Product = Callable[[Tensor, Network, Sequence[Tensor]], Tensor]
 
@@ -47,7 +47,7 @@ def linear(
     network : Network
         Its modes have the roles out and in.
     cores : sequence of Tensor
-        The dtype and device of `x` (under autocast, all are cast to its dtype).
+        The dtype and device of `x`.
     bias : Tensor, optional
     out_features : int, optional
         Defaults to the length of the bias, or to ``network.features("out")``.
@@ -57,7 +57,7 @@ def linear(
     Returns
     -------
     Tensor
-        The dtype of `x`, or autocast's.
+        The dtype of `x`. (Autocast is `dispatch.linear`'s business.)
 
     Raises
     ------
@@ -71,7 +71,6 @@ def linear(
         raise NetworkError(f"input {tuple(x.shape)}: the last dimension is at most {columns}, what the in modes hold")
     if out_features > rows:
         raise NetworkError(f"out_features {out_features}: at most {rows}, what the out modes hold")
-    x, *cores = cast_for_autocast(x, *cores)
     lead = x.shape[:-1]
     flat = x.reshape(-1, x.shape[-1])
     if flat.shape[1] < columns:
@@ -89,14 +88,6 @@ def dense_linear(
     in_features: int,
 ) -> Tensor:  # (out_features, in_features)
     """The dense weight of a linear layer, padding cut off."""
-    matrix = contraction.to_dense(network, cores).reshape(network.features("out"), network.features("in"))
+    with without_autocast(cores[0]):
+        matrix = contraction.to_dense(network, cores).reshape(network.features("out"), network.features("in"))
     return matrix[:out_features, :in_features].contiguous()
-
-
-def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast to autocast's dtype where it is on, as torch's own linear does; float64 is left alone, as there."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

@@ -60,16 +60,29 @@ def load_model(directory: str | os.PathLike[str]) -> nn.Module:
         If it is no directory with a config.json and weights that transformers can load.
     """
     package = transformers()
-    if not (Path(directory) / "config.json").is_file():
+    directory = Path(directory)
+    if (directory / "tensorlayers.json").is_file():
+        raise CheckpointError(f"{directory}: a dense model; this one is converted already (see load_pretrained)")
+    if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory}: a local Hugging Face directory with a config.json; there is none")
     try:
         config = package.AutoConfig.from_pretrained(directory, local_files_only=True)
         names = getattr(config, "architectures", None) or []
-        cls = getattr(package, names[0], package.AutoModel) if names else package.AutoModel
+        cls = (_model_class(package, names[0]) if names else None) or package.AutoModel
         model: nn.Module = cls.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{directory}: transformers cannot load it: {error}") from None
+    except Exception as error:  # whatever transformers makes of a damaged directory
+        raise CheckpointError(f"{directory}: transformers cannot load it: {_first_line(error)}") from None
     return model.eval()
+
+
+def _model_class(package: Any, name: str) -> Any:
+    """The model of transformers of this name; None where there is none."""
+    found: object = getattr(package, name, None)
+    return found if isinstance(found, type) and issubclass(found, package.PreTrainedModel) else None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
@@ -82,8 +95,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
     """
     try:
         return transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{directory}: no tokenizer: {error}") from None
+    except Exception as error:  # whatever transformers makes of what it finds
+        raise CheckpointError(f"{directory}: no tokenizer: {_first_line(error)}") from None
 
 
 def is_hugging_face(model: nn.Module) -> bool:
@@ -150,9 +163,8 @@ def build(name: str, config: Any, generation: Any, directory: Path) -> nn.Module
         If there is no such class, or it refuses the configuration.
     """
     package = transformers()
-    cls: Any = getattr(package, name, None)
-    found: object = cls
-    if not (isinstance(found, type) and issubclass(found, package.PreTrainedModel) and cls.config_class):
+    cls = _model_class(package, name)
+    if cls is None or not cls.config_class:
         raise CheckpointError(f"{directory}: transformers has no model {name!r}: pass `model`")
     try:
         settings = cls.config_class.from_dict(config)
@@ -162,7 +174,7 @@ def build(name: str, config: Any, generation: Any, directory: Path) -> nn.Module
         if generation is not None:
             model.generation_config = package.GenerationConfig.from_dict(generation)
     except Exception as error:  # whatever transformers makes of a damaged configuration
-        raise CheckpointError(f"{directory}: the model's configuration: {type(error).__name__}: {error}") from None
+        raise CheckpointError(f"{directory}: the model's configuration: {_first_line(error)}") from None
     return model
 
 

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
@@ -14,9 +13,8 @@ from torch.nn.utils import parametrize
 from .errors import ConversionError
 from .formats import Format
 from .layers import FactorizedLayer, layer_types
+from .precision import DTYPES
 from .surgery import overlapping
-
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 Choice = Mapping[str, "Format | None"]
 
@@ -89,10 +87,11 @@ def _obstacle(name: str, module: nn.Module, tied: Mapping[int, list[str]]) -> st
         return "quantized"
     if parametrize.is_parametrized(module) or "weight" not in module._parameters or module._modules:
         return "parametrized: its weight is computed from other tensors"
-    if set(module._parameters) - {"weight", "bias"}:
-        return f"parametrized: it has {', '.join(sorted(set(module._parameters) - {'weight', 'bias'}))}"
+    others = sorted(({*module._parameters} - {"weight", "bias"}) | {*module._buffers})
+    if others:
+        return f"parametrized: it has {', '.join(others)}"
     weight = module._parameters["weight"]
-    if weight is None or weight.dtype not in _DTYPES or type(weight.data) is not Tensor:
+    if weight is None or weight.dtype not in DTYPES or type(weight.data) is not Tensor:
         return "quantized: its weight is no plain tensor of 16 to 64 floating-point bits"
     if not weight.numel():
         return "nothing saved: it has no weights"

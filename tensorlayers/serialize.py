@@ -305,6 +305,9 @@ def _with_layers(model: nn.Module, layers: Mapping[str, FactorizedLayer], inplac
         if weight is None or shape != layer.weight_shape:
             found = f"the model has a {type(module).__name__} of shape {shape}"
             raise CheckpointError(f"layer {name!r}: its dense weight has shape {layer.weight_shape}; {found}")
+        if (bias is None) != (layer.bias is None):
+            has = "no bias; the model's layer has one" if layer.bias is None else "a bias; the model's layer has none"
+            raise CheckpointError(f"layer {name!r}: it was saved with {has}")
         if not weight.is_meta:
             layer.to_empty(device=weight.device)
         layer.cores.requires_grad_(weight.requires_grad)

@@ -67,9 +67,9 @@ def overlapping(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
         if isinstance(parameter, nn.parameter.UninitializedParameter) or type(parameter.data) is not Tensor:
             continue
         if parameter.layout == torch.strided and not parameter.is_meta and parameter.numel():
-            extent = sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True)) + 1
             start = parameter.data_ptr()
-            spans.append((str(parameter.device), start, start + extent * parameter.element_size(), parameter))
+            end = start + _extent(parameter) * parameter.element_size()
+            spans.append((str(parameter.device), start, end, parameter))
     spans.sort(key=lambda span: span[:3])
     pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
     live: list[tuple[str, int, int, nn.Parameter]] = []
@@ -80,15 +80,22 @@ def overlapping(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
     return pairs
 
 
+def _extent(tensor: Tensor) -> int:
+    """Elements of memory from a tensor's first to its last."""
+    return sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+
+
 def _share_elements(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors whose address ranges overlap have an element in common."""
     if first.dtype != second.dtype or first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
         return True
     if first.is_contiguous() and second.is_contiguous():
         return True
-    used = torch.zeros(first.untyped_storage().nbytes() // first.element_size(), dtype=torch.bool)
-    used.as_strided(first.shape, first.stride(), first.storage_offset()).fill_(True)
-    return bool(used.as_strided(second.shape, second.stride(), second.storage_offset()).any())
+    start = min(first.storage_offset(), second.storage_offset())
+    end = max(tensor.storage_offset() + _extent(tensor) for tensor in (first, second))
+    used = torch.zeros(end - start, dtype=torch.bool)
+    used.as_strided(first.shape, first.stride(), first.storage_offset() - start).fill_(True)
+    return bool(used.as_strided(second.shape, second.stride(), second.storage_offset() - start).any())
 
 
 def copy_memo(model: nn.Module) -> dict[int, object]:

@@ -15,6 +15,9 @@ _IMBALANCE = 0.05
 # Splitting takes trial divisions up to the square root; no dimension of a layer is larger than this.
 _LARGEST = 2**31 - 1
 
+MOST_MODES = 10
+"""Modes a side: beyond, planning the contraction takes seconds and einsum runs out of index letters."""
+
 
 @lru_cache(maxsize=4096)
 def balanced_modes(size: int, order: int) -> tuple[int, ...]:
@@ -110,6 +113,8 @@ def validate_modes(modes: Sequence[int], what: str) -> tuple[int, ...]:
     """Check the type and range of modes, without knowing the dimension."""
     if isinstance(modes, (str, bytes, bytearray)) or not isinstance(modes, Sequence) or not modes:
         raise ModeError(f"{what} {modes!r}: a non-empty tuple of integers")
+    if len(modes) > MOST_MODES:
+        raise ModeError(f"{what} {tuple(modes)}: at most {MOST_MODES} modes; got {len(modes)}")
     for entry in modes:
         if isinstance(entry, bool) or not isinstance(entry, Integral) or entry < 1:
             raise ModeError(f"{what} {tuple(modes)}: every mode is an integer of at least 1; got {entry!r}")

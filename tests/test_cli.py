@@ -1,6 +1,7 @@
 """The command line on a small Hugging Face directory."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -150,3 +151,24 @@ def test_sentences_are_real_and_the_same_each_time():
     assert sentences == docstring_sentences(64)
     assert len(set(sentences)) == 64
     assert all(30 <= len(sentence) <= 200 for sentence in sentences)
+
+
+def test_damaged_input_is_one_plain_line_too(source, gpt2, text, tmp_path, capsys):
+    damaged, binary, out = tmp_path / "damaged", tmp_path / "binary", tmp_path / "out"
+    shutil.copytree(source, damaged)
+    (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:1000])
+    binary.write_bytes(b"\xff\xfe\xfa")
+    assert main(["convert", str(source), "--out", str(out)]) == 0
+    capsys.readouterr()
+    for arguments, message in [
+        (["plan", str(damaged)], "cannot load"),
+        (["plan", str(out)], "converted already"),
+        (["eval", str(out), "--text", str(binary)], "UTF-8"),
+        (["convert", str(source), "--plan", str(binary), "--out", str(tmp_path / "x")], "UTF-8"),
+        (["eval", str(out), "--text", str(text), "--source", str(gpt2)], "same shape"),
+        (["plan", str(source), "--format", "tt", "--order", "99"], "order"),
+    ]:
+        assert main(arguments) == 1
+        error = capsys.readouterr().err.strip().splitlines()
+        assert message in error[-1]
+        assert "Traceback" not in "".join(error)

@@ -133,6 +133,8 @@ def test_the_parameter_fraction_is_kept_and_used(name):
         ({"name": "tt", "rank": 2, "order": 0}, FormatError, "order"),
         ({"name": "tt", "rank": 2, "order": 2.0}, FormatError, "order"),
         ({"name": "tt", "rank": 2, "order": True}, FormatError, "order"),
+        ({"name": "cp", "rank": 2, "order": 30}, FormatError, "from 1 to 10"),
+        ({"name": "cp", "rank": 2, "in_modes": [2] * 11}, ModeError, "at most 10"),
         ({"name": "tt", "rank": 2, "in_modes": [0, 3]}, ModeError, "in_modes"),
         ({"name": "tt", "rank": 2, "in_modes": []}, ModeError, "in_modes"),
         ({"name": "tt", "rank": 2, "in_modes": 4}, ModeError, "in_modes"),

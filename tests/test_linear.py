@@ -1,6 +1,7 @@
 """FactorizedLinear as a drop-in for nn.Linear."""
 
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tensorlayers import CP, TT, FactorizedLinear, LowRank, NetworkError, contraction
+from tensorlayers import CP, TT, ConversionError, FactorizedLinear, LowRank, NetworkError, contraction
 from tensorlayers.formats import available
-from tensorlayers.testing import assert_close
+from tensorlayers.testing import EXACT, assert_close
 
 FORMATS = [pytest.param(cls(2), id=name) for name, cls in sorted(available().items())]
 
@@ -209,3 +211,41 @@ def test_a_batch_takes_the_order_of_its_class():
     network = TT(8).network(768, 768)
     plans = {contraction.linear_plan(network, contraction.batch_class(rows)) for rows in range(3000)}
     assert len(plans) == len(contraction.BATCH_CLASSES)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_autocast_does_not_reach_what_builds_fits_or_draws_a_weight(format):
+    source = nn.Linear(64, 48)
+    full = dataclasses.replace(format, rank=10**6)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer = FactorizedLinear.from_dense(source, full)
+        assert layer.error <= EXACT
+        assert layer.to_dense().dtype == layer.weight.clone().dtype == layer.to_module().weight.dtype == torch.float32
+        layer.reset_parameters()
+    torch.testing.assert_close(float(layer.to_dense().detach().std()) * (3 * 64) ** 0.5, 1.0, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_construction_without_data(format):
+    with FakeTensorMode():
+        assert FactorizedLinear(12, 10, format=format)(torch.empty(3, 12)).shape == (3, 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_other_dtypes_are_refused(dtype):
+    with pytest.raises(NetworkError, match=f"dtype.*{dtype}"):
+        FactorizedLinear(12, 10, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("module", "format", "offender"),
+    [
+        (nn.Conv2d(3, 3, 1), LowRank(2), "Conv2d"),
+        (nn.LazyLinear(4), LowRank(2), "lazy"),
+        (nn.Linear(4, 4), "tt", "tt"),
+    ],
+    ids=["conv", "lazy", "format"],
+)
+def test_from_dense_refuses_what_it_cannot_take(module, format, offender):
+    with pytest.raises(ConversionError, match=offender):
+        FactorizedLinear.from_dense(module, format)

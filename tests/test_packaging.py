@@ -28,7 +28,7 @@ ORDER = [
     {"functional"},
     {"formats"},
     {"decompose", "rank", "tensorize"},
-    {"contraction"},
+    {"contraction", "precision"},
     {"cost"},
     {"network"},
     {"errors"},

@@ -73,6 +73,8 @@ WRITES = {
     "set data": lambda w: setattr(w, "data", torch.zeros(10, 12)),
     "requires_grad_": lambda w: w.requires_grad_(False),
     "set requires_grad": lambda w: setattr(w, "requires_grad", False),
+    "set_": lambda w: w.set_(torch.zeros(3)),
+    "foreach": lambda w: torch._foreach_zero_([w]),
     "out=": lambda w: torch.add(torch.zeros(10, 12), 1, out=w),
 }
 

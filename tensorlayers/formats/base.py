@@ -61,8 +61,9 @@ class Format(ABC):
             modes = getattr(self, side)
             if modes is not None:
                 object.__setattr__(self, side, tensorize.validate_modes(modes, side))
-        if isinstance(self.order, bool) or not isinstance(self.order, int) or self.order < 1:
-            raise FormatError(f"{type(self).__name__}: an order is an integer of at least 1; got {self.order!r}")
+        most, order = tensorize.MOST_MODES, self.order
+        if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= most:
+            raise FormatError(f"{type(self).__name__}: an order is an integer from 1 to {most}; got {order!r}")
 
     def __str__(self) -> str:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}

@@ -16,6 +16,7 @@ from ..decompose import Decomposition
 from ..errors import NetworkError, ReadOnlyWeightError
 from ..formats import Format
 from ..network import Network
+from ..precision import without_autocast
 from .weight import _WRITE, DenseWeight
 
 
@@ -139,12 +140,10 @@ class FactorizedLayer(nn.Module, ABC):
         std = self.network.core_std(wanted)
         # Drawn in float32 at least: the deviation is measured on the draw before it is rounded.
         wide = torch.float64 if self.cores[0].dtype == torch.float64 else torch.float32
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(self.cores[0]):
+            bound = math.sqrt(3) * std
             drawn = [
-                torch.empty(core.shape, dtype=wide, device=core.device).uniform_(
-                    -math.sqrt(3) * std, math.sqrt(3) * std
-                )
-                for core in self.cores
+                torch.empty(core.shape, dtype=wide, device=core.device).uniform_(-bound, bound) for core in self.cores
             ]
             factor = (wanted / self._deviation(drawn)) ** (1 / len(drawn))
             for core, values in zip(self.cores, drawn, strict=True):
@@ -154,22 +153,20 @@ class FactorizedLayer(nn.Module, ABC):
                 self.bias.uniform_(-bound, bound)
         self.error = None
 
-    def _deviation(self, cores: Sequence[Tensor]) -> float:
-        """The standard deviation of the dense weight of these cores, without building it."""
-        squares = entries = 0.0
+    def _deviation(self, cores: Sequence[Tensor]) -> Tensor:
+        """The standard deviation of the dense weight of these cores, without building it (0-d; nothing is read)."""
+        squares = entries = cores[0].new_zeros(())
         for box in self.boxes():
             cut = [
                 core[tuple(box.get(index, slice(None)) for index in names)]
                 for names, core in zip(self.network.cores, cores, strict=True)
             ]
-            squares += float(contraction.squared_norm(self.network, cut))
-            entries += float(contraction.total(self.network, cut))
+            squares = squares + contraction.squared_norm(self.network, cut)
+            entries = entries + contraction.total(self.network, cut)
         count = math.prod(self.weight_shape)
-        if count == 1:
-            return math.sqrt(squares)
-        variance = (squares - entries**2 / count) / (count - 1)
+        variance = (squares - entries**2 / count) / max(count - 1, 1)
         # A draw that is constant has no deviation to scale; its size is what there is.
-        return math.sqrt(variance if variance > 1e-6 * squares / count else squares / count)
+        return torch.where(variance > 1e-6 * squares / count, variance, squares / count).sqrt()
 
     def _adopt(self, decomposition: Decomposition) -> None:
         with torch.no_grad():

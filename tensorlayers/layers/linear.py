@@ -14,6 +14,7 @@ from ..cost import Cost
 from ..errors import ConversionError, NetworkError
 from ..formats import Format, LowRank, from_dict
 from ..network import Network
+from ..precision import DTYPES
 from .base import FactorizedLayer, linear_boxes
 
 _DEFAULT = LowRank(0.25)
@@ -69,6 +70,8 @@ class FactorizedLinear(FactorizedLayer):
                 raise NetworkError(f"{name}: an integer of at least 1; got {size!r}")
         if not isinstance(format, Format):
             raise NetworkError(f"format: a Format such as LowRank(0.25); got {format!r}")
+        if (dtype or torch.get_default_dtype()) not in DTYPES:
+            raise NetworkError(f"dtype: one of {', '.join(str(known) for known in DTYPES)}; got {dtype}")
         self.in_features = in_features
         self.out_features = out_features
         self.source = "Linear"
@@ -110,6 +113,10 @@ class FactorizedLinear(FactorizedLayer):
         source = cls.matches(module)
         if source is None:
             raise ConversionError(f"from_dense: an nn.Linear or a GPT-2 Conv1D; got {type(module).__name__}")
+        if not isinstance(format, Format):
+            raise ConversionError(f"from_dense: a Format such as LowRank(0.25); got {format!r}")
+        if isinstance(module.weight, nn.parameter.UninitializedParameter):
+            raise ConversionError("from_dense: a layer with a shape; this one is lazy")
         weight: Tensor = module.weight if source == "Linear" else module.weight.T  # type: ignore[assignment]
         decomposition = format.decompose(weight)
         layer = cls.empty(module, format)

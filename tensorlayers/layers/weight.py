@@ -14,7 +14,8 @@ from ..errors import ReadOnlyWeightError
 
 _WRITE = (
     "the weight of a factorized layer is computed from its cores and cannot be written to ({what}): "
-    "use reset_parameters() to draw new cores, or from_dense() to fit them to a dense weight"
+    "use reset_parameters() to draw new cores, from_dense() to fit them to a dense weight, requires_grad_() of the "
+    "layer to freeze them"
 )
 
 # normal_, add_; weight[0] = ..., weight.data = ..., del weight[0]; weight += ...
@@ -54,7 +55,8 @@ class DenseWeight(Tensor):
 
     Libraries read ``layer.weight`` for its dtype, device or shape, or test whether it is a tensor, many times a
     forward; that builds nothing. Any operation builds the dense weight (differentiable in the cores) and acts on
-    it. Writing in place raises `ReadOnlyWeightError`: the write would be lost.
+    it. Writing in place raises `ReadOnlyWeightError`: the write would be lost. What an operation returns, a slice or
+    a view too, is a tensor of its own: a write into that changes the layer as little.
     """
 
     _build: Callable[[], Tensor]
@@ -88,7 +90,8 @@ class DenseWeight(Tensor):
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         target = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
-        if isinstance(target, DenseWeight) and _IN_PLACE.fullmatch(name):
+        targets = target if isinstance(target, (list, tuple)) else (target,)  # a list: torch._foreach_*
+        if _IN_PLACE.fullmatch(name) and any(isinstance(item, DenseWeight) for item in targets):
             raise ReadOnlyWeightError(_WRITE.format(what=name))
         if isinstance(kwargs.get("out"), DenseWeight):
             raise ReadOnlyWeightError(_WRITE.format(what=f"{name}, out="))
@@ -107,6 +110,9 @@ class DenseWeight(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # Reached only from C++ that holds the wrapper itself (a fused operator).
         return func(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs or {}))
+
+    def set_(self, *args: Any, **kwargs: Any) -> Any:
+        raise ReadOnlyWeightError(_WRITE.format(what="set_"))
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self._dense().detach().clone()

@@ -3,9 +3,10 @@
 import warnings
 
 import pytest
+import torch
 from torch import nn
 
-from tensorlayers import TT, LowRank, convert_model, plan_conversion
+from tensorlayers import CP, TT, LowRank, convert_model, plan_conversion
 from tensorlayers.errors import ConversionError, FormatError, ModeError, RankError
 from tests.convert.support import HALF, Net, _chain, _factorized, _named, _quietly, _reasons
 
@@ -167,3 +168,13 @@ def test_a_fraction_that_one_small_layer_cannot_reach():
         with pytest.raises(RankError, match=r"'score'.*1\.016"):
             convert_model(model, choice, inplace=True, **kwargs)
     assert _factorized(model) == set()
+
+
+def test_planning_leaves_the_random_numbers_alone():
+    model = nn.Sequential(nn.Linear(64, 64))
+    torch.manual_seed(5)
+    plan = plan_conversion(model, CP(8), force=True)
+    converted = convert_model(model, plan)
+    assert converted[0].error == plan["0"].error
+    torch.manual_seed(5)
+    assert convert_model(model, plan)[0].error == plan["0"].error

@@ -264,3 +264,9 @@ def test_a_transposed_layer():
         name: tensor.shape for name, tensor in model.state_dict().items()
     }
     assert relative_error(dense(x), model(x)) <= TOLERANCE[torch.float32]
+
+
+def test_a_layer_with_a_buffer_of_its_own_stays_dense():
+    model = nn.Sequential(nn.Linear(64, 64))
+    model[0].register_buffer("scale", torch.ones(1))
+    assert plan_conversion(model, HALF, errors=False)["0"].reason == "parametrized: it has scale"

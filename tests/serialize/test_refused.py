@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tensorlayers as tl
-from tensorlayers import FactorizedLinear, load_pretrained, save_pretrained
+from tensorlayers import FactorizedLinear, LowRank, convert_model, load_pretrained, save_pretrained
 from tensorlayers.errors import CheckpointError
 from tests.serialize.support import INDEX, Net, _chain, _converted, _factorized, _files, _ids, _index, _weights, _write
 
@@ -267,3 +267,10 @@ def test_any_byte_replaced_in_the_header_of_the_weights_is_refused_or_harmless(p
             load_pretrained(directory, Net())
     finally:
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_model_with_another_bias_is_refused(tmp_path, bias):
+    save_pretrained(convert_model(nn.Sequential(nn.Linear(64, 64, bias)), LowRank(0.5)), tmp_path)
+    with pytest.raises(CheckpointError, match=r"layer '0'.*bias"):
+        load_pretrained(tmp_path, nn.Sequential(nn.Linear(64, 64, not bias)))

@@ -1,0 +1,30 @@
+"""Autocast: a layer's product follows it, everything that builds, fits or draws a weight does not."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes that a factorized layer can have."""
+
+
+def _enabled(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast to autocast's dtype where it is on, as torch's own linear does; float64 is left alone, as there."""
+    device = tensors[0].device.type
+    if not _enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """A context in which autocast is off for the device of a tensor."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if _enabled(device) else nullcontext()
