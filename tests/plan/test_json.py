@@ -1,6 +1,5 @@
 """A plan to JSON and back, edited and damaged."""
 
-import copy
 import json
 
 import pytest
@@ -10,6 +9,7 @@ from torch import nn
 
 from tensorlayers import BTT, CP, TT, ConversionPlan, LowRank, Tucker, convert_model, plan_conversion
 from tensorlayers.errors import ConversionError, FormatError, ModeError, RankError, TensorlayersError
+from tests.junk import places, replaced
 from tests.plan.support import _factorized, _plan, _small
 
 
@@ -189,14 +189,6 @@ def test_a_layer_that_is_listed_twice_is_refused():
         ConversionPlan.from_json(json.dumps(data))
 
 
-def _places(value, path=()):
-    """The path of every value in plain data."""
-    yield path
-    if isinstance(value, (dict, list)):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            yield from _places(value[key], (*path, key))
-
-
 JUNK = st.one_of(
     st.none(),
     st.booleans(),
@@ -206,23 +198,15 @@ JUNK = st.one_of(
 )
 
 
-def _replaced(data, path, value):
-    if not path:
-        return value
-    data = copy.copy(data)
-    data[path[0]] = _replaced(data[path[0]], path[1:], value)
-    return data
-
-
 SOURCE = _json()
 
 
-@pytest.mark.parametrize("path", list(_places(SOURCE)), ids=lambda path: ".".join(map(str, path)) or "all")
+@pytest.mark.parametrize("path", list(places(SOURCE)), ids=lambda path: ".".join(map(str, path)) or "all")
 @given(junk=JUNK)
 def test_any_value_replaced_by_junk_is_refused_or_harmless(path, junk):
     model = _small()
     try:
-        plan = ConversionPlan.from_json(json.dumps(_replaced(SOURCE, path, junk)))
+        plan = ConversionPlan.from_json(json.dumps(replaced(SOURCE, path, junk)))
     except TensorlayersError:
         return
     assert max(map(len, str(plan).splitlines())) <= 100

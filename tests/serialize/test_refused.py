@@ -16,6 +16,7 @@ from torch import nn
 import tensorlayers as tl
 from tensorlayers import FactorizedLinear, LowRank, convert_model, load_pretrained, save_pretrained
 from tensorlayers.errors import CheckpointError
+from tests.junk import places, replaced
 from tests.serialize.support import INDEX, Net, _chain, _converted, _factorized, _files, _ids, _index, _weights, _write
 
 
@@ -191,22 +192,6 @@ def test_a_model_that_is_not_hugging_face_needs_its_architecture(saved):
         load_pretrained(saved)
 
 
-def _places(value, path=()):
-    """The path of every value in plain data."""
-    yield path
-    if isinstance(value, (dict, list)):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            yield from _places(value[key], (*path, key))
-
-
-def _replaced(data, path, value):
-    if not path:
-        return value
-    data = copy.copy(data)
-    data[path[0]] = _replaced(data[path[0]], path[1:], value)
-    return data
-
-
 JUNK = st.one_of(
     st.none(),
     st.booleans(),
@@ -234,11 +219,11 @@ def net(tmp_path_factory):
     return directory, _saved_net(directory)
 
 
-@pytest.mark.parametrize("path", list(_places(SAVED)), ids=lambda path: ".".join(map(str, path)) or "all")
+@pytest.mark.parametrize("path", list(places(SAVED)), ids=lambda path: ".".join(map(str, path)) or "all")
 @given(junk=JUNK)
 def test_any_value_replaced_by_junk_is_refused_or_harmless(path, junk, net):
     directory, index = net
-    _write(directory, _replaced(index, path, junk))
+    _write(directory, replaced(index, path, junk))
     model = Net()
     try:
         loaded = load_pretrained(directory, model)
