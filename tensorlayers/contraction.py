@@ -5,6 +5,7 @@ No einsum of more than two operands ever reaches torch.
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .cost import Cost, pair_cost, volume
 from .errors import NetworkError
-from .network import Network
+from .network import Axis, Network, modes_by_axis
 
 BATCH = "batch"
 """The index name of the rows of a layer's input."""
@@ -337,6 +338,13 @@ def to_dense(network: Network, cores: Sequence[Tensor]) -> Tensor:
     """The tensorized dense weight, of shape `network.shape`."""
     check_cores(network, cores)
     return execute(dense_plan(network), cores)
+
+
+def dense_weight(network: Network, cores: Sequence[Tensor], axes: Sequence[Axis]) -> Tensor:
+    """The dense weight with its modes joined to axes, padding cut off; shape: the sizes of `axes`."""
+    joined = [math.prod(mode.size for mode in modes) for modes in modes_by_axis(axes, network)]
+    dense = to_dense(network, cores).reshape(joined)
+    return dense[tuple(slice(axis.size) for axis in axes)].contiguous()
 
 
 def check_cores(network: Network, cores: Sequence[Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -174,11 +173,7 @@ def summarize(model: nn.Module) -> ConversionPlan:
 
 
 def _entry(layer: Found) -> Entry:
-    entry = Entry(layer.name, layer.kind, layer.shape, layer.layer.kind, aliases=layer.aliases)
-    if not layer.shape:
-        return entry
-    size = math.prod(layer.shape)
-    return replace(entry, parameters=(size, size), macs=(size, size))
+    return Entry(layer.name, layer.kind, layer.layer.kind, layer.settings, aliases=layer.aliases)
 
 
 def _decide(
@@ -207,9 +202,10 @@ def _decide(
     before, after = converted.parameters
     if after >= before and not force:
         return entry.dense(f"nothing saved: {after / before:.2f} x the parameters")
-    ratio = converted.macs[1] / converted.macs[0]
-    if ratio > SLOWER and not force:
-        return entry.dense(f"predicted slower: {ratio:.2f} x the MACs")
+    dense, factorized = converted.macs
+    if factorized > SLOWER * dense and not force:
+        ratio = f"{factorized / dense:.2f} x the MACs" if dense else f"{factorized} MACs a row, dense has none"
+        return entry.dense(f"predicted slower: {ratio}")
     return converted
 
 
@@ -219,9 +215,18 @@ def _check(entry: Entry, found: Mapping[str, Found]) -> None:
         raise ConversionError(f"plan: layer {entry.name!r} is not in this model, or not dense any more")
     if entry.converted and layer.obstacle:
         raise ConversionError(f"plan: layer {entry.name!r} cannot be converted: {layer.obstacle}")
-    if layer.shape != entry.shape:
-        shapes = f"{layer.shape} in this model, {entry.shape} in the plan"
-        raise ConversionError(f"plan: layer {entry.name!r} has shape {shapes}")
+    model = _entry(layer)
+    if model.shape != entry.shape:
+        raise ConversionError(
+            f"plan: layer {entry.name!r} has shape {model.shape} in this model, {entry.shape} in the plan"
+        )
+    if model.settings != entry.settings:
+        differing = [
+            f"{key} {value!r} in this model, {entry.settings[key]!r} in the plan"
+            for key, value in model.settings.items()
+            if value != entry.settings[key]
+        ]
+        raise ConversionError(f"plan: layer {entry.name!r} has {differing[0]}")
 
 
 def _factorize(module: nn.Module, entry: Entry) -> FactorizedLayer:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import contraction
 from .errors import DecompositionError
-from .network import Network
+from .network import Axis, Network, modes_by_axis
 from .precision import without_autocast
 
 _COMPONENT_BOUND = 3.0
@@ -49,9 +49,10 @@ class Decomposition:
     error: float
 
 
-def decompose_matrix(
-    weight: Tensor,  # (out_features, in_features)
-    network_of: Callable[[int, int], Network],
+def decompose(
+    weight: Tensor,  # one dimension an axis
+    axes: Sequence[Axis],
+    network: Network,
     fill: Callable[[Tensor, Network], Sequence[Tensor]],
 ) -> Decomposition:
     """Guard a format's `fill`: check, widen, pad, normalise, fill, balance, scale back, cast, measure.
@@ -59,9 +60,10 @@ def decompose_matrix(
     Parameters
     ----------
     weight : Tensor
-        Shape (out_features, in_features), floating point. float16 and bfloat16 are decomposed in float32.
-    network_of : callable
-        (out_features, in_features) -> Network.
+        Shape: the sizes of `axes`; floating point. float16 and bfloat16 are decomposed in float32.
+    axes : sequence of Axis
+    network : Network
+        Its modes split the axes, padding included.
     fill : callable
         (dense of shape network.shape and norm 1, network) -> cores.
 
@@ -72,50 +74,55 @@ def decompose_matrix(
     Raises
     ------
     DecompositionError
-        If the weight is no floating-point matrix with values, is empty, or has NaN or infinite entries; or if the
-        cores came out not finite in the weight's dtype.
+        If the weight is no floating-point tensor of this shape with values, or has NaN or infinite entries; or if
+        the cores came out not finite in the weight's dtype.
     """
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise DecompositionError(f"weight {tuple(weight.shape)}: a non-empty matrix (out_features, in_features)")
+    shape = tuple(axis.size for axis in axes)
+    if tuple(weight.shape) != shape:
+        raise DecompositionError(f"weight {tuple(weight.shape)}: its axes have the sizes {shape}")
     if not weight.is_floating_point():
         raise DecompositionError(f"weight: a floating-point dtype; got {weight.dtype}")
     if weight.is_meta:
         raise DecompositionError("weight: it is on the meta device, without values to decompose")
     with without_autocast(weight):
-        return _decompose(weight, network_of(*weight.shape), fill)
+        return _decompose(weight, axes, network, fill)
 
 
-def _decompose(weight: Tensor, network: Network, fill: Callable[[Tensor, Network], Sequence[Tensor]]) -> Decomposition:
-    matrix = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    bad = int((~torch.isfinite(matrix)).sum())
+def _decompose(
+    weight: Tensor, axes: Sequence[Axis], network: Network, fill: Callable[[Tensor, Network], Sequence[Tensor]]
+) -> Decomposition:
+    dense = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    bad = int((~torch.isfinite(dense)).sum())
     if bad:
         raise DecompositionError(f"weight {tuple(weight.shape)}: every entry is finite; {bad} are NaN or infinite")
     # The largest entry first: squares of 1e-30 underflow, of 1e30 overflow.
-    scale = float(matrix.abs().max())
+    scale = float(dense.abs().max())
     if scale > 0:
-        matrix = matrix / scale
-        norm = float(torch.linalg.vector_norm(matrix))
-        matrix, scale = matrix / norm, scale * norm
-        padding = (0, network.features("in") - matrix.shape[1], 0, network.features("out") - matrix.shape[0])
-        cores = list(fill(F.pad(matrix, padding).reshape(network.shape), network))
+        dense = dense / scale
+        norm = float(torch.linalg.vector_norm(dense))
+        dense, scale = dense / norm, scale * norm
+        padded = [math.prod(mode.size for mode in modes) for modes in modes_by_axis(axes, network)]
+        padding = [pair for size, whole in zip(dense.shape, padded, strict=True) for pair in (whole - size, 0)][::-1]
+        cores = list(fill(F.pad(dense, padding).reshape(network.shape), network))
         contraction.check_cores(network, cores)
         # A root for each core, not the power at once: 1e-30 has no float32 square.
         cores = [core * scale ** (1 / len(cores)) for core in balance(network, cores)]
     else:
-        cores = _zero(network, matrix)
+        cores = _zero(network, dense)
     cast = tuple(core.to(weight.dtype).contiguous() for core in cores)
     if not all(bool(torch.isfinite(core).all()) for core in cast):
         raise DecompositionError(f"weight {tuple(weight.shape)}: the cores are not finite in {weight.dtype}")
-    return Decomposition(network, cast, _relative_error(matrix, network, cast, scale))
+    return Decomposition(network, cast, _relative_error(dense, axes, network, cast, scale))
 
 
-def _relative_error(unit: Tensor, network: Network, cores: Sequence[Tensor], scale: float) -> float:
-    """The error of the cores against a matrix of norm 1 that was scaled by `scale`."""
+def _relative_error(
+    unit: Tensor, axes: Sequence[Axis], network: Network, cores: Sequence[Tensor], scale: float
+) -> float:
+    """The error of the cores against a weight of norm 1 that was scaled by `scale`."""
     if scale == 0:
         return 0.0
     root = scale ** (1 / len(cores))
-    dense = contraction.to_dense(network, [core.to(unit.dtype) / root for core in cores])
-    dense = dense.reshape(network.features("out"), network.features("in"))[: unit.shape[0], : unit.shape[1]]
+    dense = contraction.dense_weight(network, [core.to(unit.dtype) / root for core in cores], axes)
     return float(torch.linalg.vector_norm(unit - dense, dtype=torch.float64))
 
 
@@ -222,18 +229,18 @@ def tucker(dense: Tensor, ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
     dense : Tensor
         Shape (n_1, ..., n_d), norm 1.
     ranks : sequence of int
-        One a mode, each at most its size and at most the product of the others: beyond, TensorLy 0.10 returns
-        garbage without a word.
+        One a mode. Lowered to its size and to the product of the others, by which nothing is lost: beyond, TensorLy
+        0.10 returns garbage without a word.
 
     Returns
     -------
     core : Tensor
-        Shape `ranks`.
+        Shape `ranks`, as lowered.
     factors : list of Tensor
         Shapes (n_k, r_k), orthonormal columns.
     """
     with tensorly.backend_context("pytorch", local_threadsafe=True):
-        core, factors = tensorly_tucker(dense, rank=list(ranks), n_iter_max=10, tol=1e-4)
+        core, factors = tensorly_tucker(dense, rank=_multilinear(ranks, dense.shape), n_iter_max=10, tol=1e-4)
     return core, list(factors)
 
 
@@ -263,7 +270,7 @@ def cp(dense: Tensor, network: Network) -> list[Tensor]:
     if rank >= network.rank_limit(network.bonds[0]):
         return _cp_exact(dense)
     small = tuple(min(size, rank) for size in dense.shape)
-    compressed, bases = (dense, None) if small == tuple(dense.shape) else tucker(dense, _multilinear(small))
+    compressed, bases = (dense, None) if small == tuple(dense.shape) else tucker(dense, small)
     modes = tuple(replace(mode, size=size) for mode, size in zip(network.modes, compressed.shape, strict=True))
     inner = Network(network.cores, ((network.bonds[0], rank),), modes)
     start = balance(inner, [_leading(compressed, k, rank) for k in range(compressed.dim())])
@@ -280,12 +287,12 @@ def cp(dense: Tensor, network: Network) -> list[Tensor]:
         ridge *= 30
 
 
-def _multilinear(ranks: Sequence[int]) -> tuple[int, ...]:
-    """Clamp a multilinear rank: no entry exceeds the product of the others."""
-    clamped = list(ranks)
+def _multilinear(ranks: Sequence[int], shape: Sequence[int]) -> list[int]:
+    """Clamp a multilinear rank: no entry exceeds its mode, or the product of the others."""
+    clamped = [min(pair) for pair in zip(ranks, shape, strict=True)]
     for k in range(len(clamped)):
         clamped[k] = min(clamped[k], math.prod(clamped[:k] + clamped[k + 1 :]))
-    return tuple(clamped)
+    return clamped
 
 
 def _leading(dense: Tensor, k: int, rank: int) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor
 from . import contraction
 from .errors import NetworkError
 from .network import Network
-from .precision import without_autocast
 
 Product = Callable[[Tensor, Network, Sequence[Tensor]], Tensor]
 
@@ -79,15 +78,3 @@ def linear(
     if bias is not None:
         y = y + bias.to(y.dtype)
     return y.reshape(*lead, out_features)
-
-
-def dense_linear(
-    network: Network,
-    cores: Sequence[Tensor],  # shapes network.core_shapes
-    out_features: int,
-    in_features: int,
-) -> Tensor:  # (out_features, in_features)
-    """The dense weight of a linear layer, padding cut off."""
-    with without_autocast(cores[0]):
-        matrix = contraction.to_dense(network, cores).reshape(network.features("out"), network.features("in"))
-    return matrix[:out_features, :in_features].contiguous()

@@ -173,6 +173,15 @@ class Network:
         bonds = dict(zip(self.bonds, ranks, strict=True))
         return replace(self, sizes=tuple((index, bonds.get(index, size)) for index, size in self.sizes))
 
+    def without(self, indices: Iterable[str]) -> Network:
+        """The network of a slice of the dense weight: these modes fixed, and gone from the cores."""
+        gone = set(indices)
+        return Network(
+            tuple(tuple(index for index in core if index not in gone) for core in self.cores),
+            tuple((index, size) for index, size in self.sizes if index not in gone),
+            tuple(mode for mode in self.modes if mode.name not in gone),
+        )
+
     def rank_limit(self, bond: str) -> int:
         """The largest useful size of a bond, the other bonds as they are: a larger one adds nothing.
 
@@ -214,8 +223,61 @@ class Network:
         return cores, tuple((number[mode.name], mode.role) for mode in self.modes)
 
 
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of a layer's dense weight, before a format splits it into modes.
+
+    Parameters
+    ----------
+    role : str
+        As of a `Mode`. Several axes of the roles out or in are natural dimensions of a tensor and are never split.
+    size : int
+        At least 1.
+    split : bool
+        Whether formats tensorize it by default, as the features of a linear layer; channels of a convolution they
+        take as they are.
+    """
+
+    role: str
+    size: int
+    split: bool = False
+
+
+def linear_axes(out_features: int, in_features: int) -> tuple[Axis, Axis]:
+    """The axes of a linear layer's weight."""
+    return Axis("out", out_features, split=True), Axis("in", in_features, split=True)
+
+
+def modes_of(axes: Sequence[Axis], splits: Sequence[Sequence[int]]) -> tuple[Mode, ...]:
+    """The modes of a dense weight, named by role and number: ``o1, o2, ..., i1, i2, ..., k1, ...``.
+
+    Parameters
+    ----------
+    axes : sequence of Axis
+    splits : sequence of sequence of int
+        The sizes of the modes of each axis.
+    """
+    modes: list[Mode] = []
+    for axis, sizes in zip(axes, splits, strict=True):
+        for size in sizes:
+            number = sum(mode.role == axis.role for mode in modes) + 1
+            modes.append(Mode(f"{axis.role[0]}{number}", size, axis.role))
+    return tuple(modes)
+
+
+def modes_by_axis(axes: Sequence[Axis], network: Network) -> tuple[tuple[Mode, ...], ...]:
+    """The modes of a network that each axis was split into."""
+    groups: list[tuple[Mode, ...]] = []
+    for axis in axes:
+        modes = tuple(mode for mode in network.modes if mode.role == axis.role)
+        alike = [other for other in axes if other.role == axis.role]
+        if len(alike) > 1:
+            seen = sum(other.role == axis.role for other in axes[: len(groups)])
+            modes = modes[seen : seen + 1]
+        groups.append(modes)
+    return tuple(groups)
+
+
 def linear_modes(out_sizes: Iterable[int], in_sizes: Iterable[int]) -> tuple[Mode, ...]:
     """The modes ``o1, o2, ..., i1, i2, ...`` of a linear layer's weight, in the order of its dense axes."""
-    outs = [Mode(f"o{k}", size, "out") for k, size in enumerate(out_sizes, 1)]
-    ins = [Mode(f"i{k}", size, "in") for k, size in enumerate(in_sizes, 1)]
-    return (*outs, *ins)
+    return modes_of(linear_axes(1, 1), (tuple(out_sizes), tuple(in_sizes)))

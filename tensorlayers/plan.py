@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -14,12 +14,12 @@ from torch import nn
 from . import table
 from .errors import ConversionError, TensorlayersError
 from .formats import Format, from_dict
-from .layers import FactorizedLayer, layer_type, layer_types
-from .network import Network
+from .layers import FactorizedLayer, Settings, layer_type, layer_types
+from .network import Axis, Network, modes_by_axis
 
-VERSION = 1
+VERSION = 2
 ROWS = 1024
-"""Rows (tokens) in the batch at which MACs are stated and compared, per row."""
+"""Rows in the batch at which MACs are stated and compared, per row: a token; of a convolution a position."""
 
 _HEAD = ("layer", "kind", "shape", "format", "modes", "ranks", "params", "MACs", "error")
 
@@ -34,15 +34,20 @@ class Entry:
         The module's name in the model; `aliases` are its other names where it is shared.
     kind : str
         The dense layer's kind, for instance ``Linear``.
-    shape : tuple of int
-        The shape of the dense weight, out before in.
     layer : str
         The kind of the factorized layer that would replace it, for instance ``linear``.
+    settings : dict
+        What the layer is built with, as plain data; empty where it has no shape yet (lazy) or hides it (quantized).
     format : Format or None
         What it is converted to; None where it stays dense.
     network : Network or None
     parameters, macs : tuple of int
-        Before and after. Parameters of the weight; MACs a row, in a batch of 1024 rows.
+        Before and after. Parameters of the weight, of shared cores an equal part; MACs a row, in a batch of 1024
+        rows.
+    stack : (int, int) or None
+        Where the layer is factorized jointly with others: how many they are, and its position among them.
+    share : str
+        The name of that group of layers; empty where there is none.
     error : float or None
         Relative error of the weight, where it has been computed.
     reason : str
@@ -55,8 +60,8 @@ class Entry:
 
     name: str
     kind: str
-    shape: tuple[int, ...]
     layer: str
+    settings: Settings = field(default_factory=dict)
     format: Format | None = None
     network: Network | None = None
     parameters: tuple[int, int] = (0, 0)
@@ -66,6 +71,25 @@ class Entry:
     blocked: bool = False
     notes: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    stack: tuple[int, int] | None = None
+    share: str = ""
+
+    def __post_init__(self) -> None:
+        if self.parameters == (0, 0) and self.settings:
+            size = math.prod(self.shape)
+            object.__setattr__(self, "parameters", (size, size))
+            macs = layer_type(self.layer).dense_cost(self.settings, ROWS).macs // ROWS
+            object.__setattr__(self, "macs", (macs, macs))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense weight as torch stores it; empty where it has none yet or hides it."""
+        return layer_type(self.layer).shape_of(self.settings) if self.settings else ()
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes of the dense weight."""
+        return layer_type(self.layer).axes_of(self.settings)
 
     @property
     def converted(self) -> bool:
@@ -84,6 +108,8 @@ class Entry:
             notes=(),
             reason=reason,
             blocked=blocked,
+            stack=None,
+            share="",
         )
 
     def with_format(self, format: Format) -> Entry:
@@ -95,32 +121,36 @@ class Entry:
             Where the format does not fit the shape.
         """
         layer = layer_type(self.layer)
-        network, clamped = layer.resolve(format, self.shape)
-        dense, factorized = layer.costs(network, self.shape, ROWS)
+        count, position = self.stack or (1, 0)
+        network, clamped = layer.resolve(format, self.settings, self.stack and count)
+        own = network.without(network.names("stack"))
+        factorized = layer.factorized_cost(own, self.settings, ROWS)
+        part, rest = divmod(network.num_parameters, count)
         return replace(
             self,
             format=format,
             network=network,
-            parameters=(self.parameters[0], network.num_parameters),
-            macs=(dense.macs // ROWS, factorized.macs // ROWS),
+            parameters=(self.parameters[0], part + (position < rest)),
+            macs=(self.macs[0], factorized.macs // ROWS),
             error=None,
             reason="",
-            notes=(*clamped, *_padding(network, self.shape)),
+            notes=(*clamped, *_padding(network, self.axes)),
         )
 
 
-def entry_of(name: str, layer: FactorizedLayer, aliases: tuple[str, ...] = ()) -> Entry:
+def entry_of(name: str, layer: FactorizedLayer, aliases: tuple[str, ...] = (), share: str = "") -> Entry:
     """The entry of a layer that is factorized already."""
-    size = layer.dense_parameters
-    entry = Entry(name, layer.source, layer.weight_shape, layer.kind, parameters=(size, size), aliases=aliases)
+    settings = layer.settings_of(layer)
+    entry = Entry(name, layer.source, layer.kind, settings, aliases=aliases, stack=layer.stack, share=share)
     return replace(entry.with_format(layer.format.pin(layer.network)), error=layer.error)
 
 
-def _padding(network: Network, shape: tuple[int, ...]) -> Iterator[str]:
-    for role, size in zip(("out", "in"), shape, strict=False):
-        if network.features(role) > size:
-            modes = " x ".join(str(n) for n in network.mode_sizes(role))
-            yield f"{role} {size} padded to {network.features(role)} = {modes}"
+def _padding(network: Network, axes: Sequence[Axis]) -> Iterator[str]:
+    for axis, modes in zip(axes, modes_by_axis(axes, network), strict=True):
+        padded = math.prod(mode.size for mode in modes)
+        if padded > axis.size:
+            sizes = " x ".join(str(mode.size) for mode in modes)
+            yield f"{axis.role} {axis.size} padded to {padded} = {sizes}"
 
 
 class ConversionPlan:
@@ -160,21 +190,27 @@ class ConversionPlan:
         return entry
 
     def __setitem__(self, name: str, format: Format | Entry | None) -> None:
-        """Choose another format for a layer (None: leave it dense). A blocked layer cannot be converted."""
+        """Choose another format for a layer (None: leave it dense). A blocked layer cannot be converted.
+
+        Layers that are factorized jointly get it together.
+        """
         name = self._name(name)
         entry = self._entries[name]
-        if format is None:
-            self._entries[name] = entry if entry.blocked else entry.dense("asked to stay dense")
-        elif isinstance(format, Entry):
+        if isinstance(format, Entry):
             if format.name != name:
                 raise ConversionError(f"plan[{name!r}]: an entry of this layer; got that of {format.name!r}")
             self._entries[name] = format
-        elif not isinstance(format, Format):
+            return
+        if not (format is None or isinstance(format, Format)):
             raise ConversionError(f"plan[{name!r}]: a format or None; got {format!r}")
-        elif entry.blocked:
+        if format is not None and entry.blocked:
             raise ConversionError(f"plan[{name!r}]: this layer cannot be converted: {entry.reason}")
-        else:
-            self._entries[name] = entry.with_format(format)
+        together = [other for other in self if other is entry or (entry.share and other.share == entry.share)]
+        changed = [
+            other.with_format(format) if format else other if other.blocked else other.dense("asked to stay dense")
+            for other in together
+        ]
+        self._entries.update({other.name: other for other in changed})
 
     def _name(self, name: str) -> str:
         for entry in self:
@@ -240,6 +276,7 @@ class ConversionPlan:
         layers = []
         for entry in self:
             data = {k: v for k, v in asdict(entry).items() if k not in ("format", "network")}
+            data["shape"] = entry.shape  # for reading
             data["format"] = entry.format.to_dict() if entry.format else None
             # What the error belongs to: a format that is edited by hand must not keep it.
             data["error_of"] = data["format"] if entry.error is not None else None
@@ -289,7 +326,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "kind": ("a string", lambda v: isinstance(v, str)),
     "layer": ("a layer kind", lambda v: any(v == cls.kind for cls in layer_types())),
     # A layer whose shape is hidden (lazy, quantized) has none.
-    "shape": ("two sizes of at least 1", lambda v: v == [] or (_is_counts(v, (2,)) and min(v) >= 1)),
+    "settings": ("an object", lambda v: isinstance(v, dict)),
     "parameters": ("two counts", lambda v: _is_counts(v, (2,))),
     "macs": ("two counts", lambda v: _is_counts(v, (2,))),
     "error": (
@@ -300,30 +337,43 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "reason": ("a string", lambda v: isinstance(v, str)),
     "blocked": ("true or false", lambda v: isinstance(v, bool)),
     "aliases": ("a list of strings", lambda v: isinstance(v, list) and all(isinstance(item, str) for item in v)),
+    "stack": ("two counts or null", lambda v: v is None or (_is_counts(v, (2,)) and v[1] < v[0])),
+    "share": ("a string", lambda v: isinstance(v, str)),
 }
-_OPTIONAL: dict[str, Any] = {"error": None, "format": None, "reason": "", "blocked": False, "aliases": []}
+_OPTIONAL: dict[str, Any] = {
+    "error": None,
+    "format": None,
+    "reason": "",
+    "blocked": False,
+    "aliases": [],
+    "stack": None,
+    "share": "",
+}
 
 
 def _read_entry(item: Mapping[str, Any]) -> Entry:
     item = {**_OPTIONAL, **item}
     where = f"plan: layer {item.get('name')!r}"
-    for field, (rule, holds) in _FIELDS.items():
-        if field not in item:
-            raise ConversionError(f"{where}: {field} is missing")
-        if not holds(item[field]):
-            raise ConversionError(f"{where}: {field} is {rule}; got {item[field]!r}")
-    entry = Entry(
-        name=item["name"],
-        kind=item["kind"],
-        shape=tuple(item["shape"]),
-        layer=item["layer"],
-        parameters=(math.prod(item["shape"]) if item["shape"] else 0,) * 2,
-        macs=(math.prod(item["shape"]) if item["shape"] else 0,) * 2,
-        aliases=tuple(item["aliases"]),
-    )
+    for key, (rule, holds) in _FIELDS.items():
+        if key not in item:
+            raise ConversionError(f"{where}: {key} is missing")
+        if not holds(item[key]):
+            raise ConversionError(f"{where}: {key} is {rule}; got {item[key]!r}")
+    try:
+        entry = Entry(
+            name=item["name"],
+            kind=item["kind"],
+            layer=item["layer"],
+            settings=layer_type(item["layer"]).read_settings(item["settings"]) if item["settings"] else {},
+            aliases=tuple(item["aliases"]),
+            stack=None if item["stack"] is None else tuple(item["stack"]),
+            share=item["share"],
+        )
+    except TensorlayersError as error:
+        raise ConversionError(f"{where}: settings: {error}") from None
     if item["format"] is None:
         return entry.dense(item["reason"], item["blocked"])
-    if not entry.shape:
+    if not entry.settings:
         raise ConversionError(f"{where}: format: a layer without a shape stays dense")
     try:
         converted = entry.with_format(from_dict(item["format"]))
@@ -337,13 +387,13 @@ def _row(entry: Entry) -> tuple[str, ...]:
     shape = "x".join(str(size) for size in entry.shape)
     if not entry.format or not entry.network:
         return name, kind, shape, f"dense: {entry.reason}"
-    sides = ["x".join(str(n) for n in entry.network.mode_sizes(role)) for role in ("out", "in")]
+    sides = ["x".join(str(mode.size) for mode in modes) for modes in modes_by_axis(entry.axes, entry.network)]
     return (
         name,
         kind,
         shape,
-        type(entry.format).__name__,
-        "|".join(sides) if sides != shape.split("x") else "-",
+        type(entry.format).__name__ + (f", 1 of {entry.stack[0]}" if entry.stack else ""),
+        "|".join(sides) if any("x" in side for side in sides) else "-",
         ",".join(str(rank) for rank in entry.network.ranks),
         "->".join(table.count(number) for number in entry.parameters),
         "->".join(table.count(number) for number in entry.macs),

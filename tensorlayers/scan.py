@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from .errors import ConversionError
 from .formats import Format
-from .layers import FactorizedLayer, layer_types
+from .layers import FactorizedLayer, Settings, layer_types
 from .precision import DTYPES
 from .surgery import overlapping
 
@@ -45,12 +45,12 @@ class Found:
     obstacle: str
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The dense weight's shape; empty where it has none yet (lazy) or hides it (quantized)."""
+    def settings(self) -> Settings:
+        """What the layer is built with; empty where it has no shape yet (lazy) or hides it (quantized)."""
         weight = getattr(self.module, "weight", None)
         if isinstance(self.module, LazyModuleMixin) or not isinstance(weight, Tensor):
-            return ()
-        return self.layer.dense_shape(self.module)
+            return {}
+        return self.layer.settings_of(self.module)
 
 
 def module_names(model: nn.Module) -> dict[int, list[str]]:
@@ -72,7 +72,7 @@ def scan(model: nn.Module) -> list[Found]:
             kind = layer.matches(module) or _quantized_kind(module)
             if kind is None:
                 continue
-            obstacle = _obstacle(name, module, tied)
+            obstacle = _obstacle(name, module, layer, tied)
             if id(module) in read_by_torch:
                 obstacle = obstacle or "nn.MultiheadAttention reads its weight itself"
             found.append(Found(name, tuple(names[id(module)][1:]), module, kind, layer, obstacle))
@@ -80,7 +80,7 @@ def scan(model: nn.Module) -> list[Found]:
     return found
 
 
-def _obstacle(name: str, module: nn.Module, tied: Mapping[int, list[str]]) -> str:
+def _obstacle(name: str, module: nn.Module, layer: type[FactorizedLayer], tied: Mapping[int, list[str]]) -> str:
     if isinstance(module, LazyModuleMixin):
         return "lazy: it has no shape before its first forward"
     if _quantized_kind(module):
@@ -100,9 +100,10 @@ def _obstacle(name: str, module: nn.Module, tied: Mapping[int, list[str]]) -> st
             own_name = f"{name}.{key}" if name else key
             return f"tied with {', '.join(other for other in tied[id(parameter)] if other != own_name)}"
     own = type(module).forward
-    if "forward" in module.__dict__ or (isinstance(module, nn.Linear) and own is not nn.Linear.forward):
+    replaced = any(isinstance(module, dense) and own is not dense.forward for dense in layer.dense_types)
+    if "forward" in module.__dict__ or replaced:
         return f"parametrized: {type(module).__name__} replaces the forward"
-    return ""
+    return layer.refusal(module)
 
 
 def _quantized_kind(module: nn.Module) -> str | None:

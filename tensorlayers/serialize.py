@@ -26,7 +26,7 @@ from .layers import FactorizedLayer, layer_type
 from .plan import ConversionPlan, entry_of
 from .surgery import swap
 
-VERSION = 1
+VERSION = 2
 INDEX = "tensorlayers.json"
 _WEIGHTS = f"tensorlayers-{'[0-9a-f]' * 12}.safetensors"
 _TEMPORARY = ".tensorlayers-*.tmp"
@@ -301,7 +301,9 @@ def _with_layers(model: nn.Module, layers: Mapping[str, FactorizedLayer], inplac
         if isinstance(weight, nn.parameter.UninitializedParameter):
             raise CheckpointError(f"layer {name!r}: the model's layer is lazy; it has no shape yet")
         dense = type(layer).matches(module) is not None
-        shape = type(layer).dense_shape(module) if dense else getattr(module, "weight_shape", None)
+        alike = dense or isinstance(module, type(layer))
+        settings = type(layer).settings_of(module) if alike else {}
+        shape = type(layer).shape_of(settings) if alike else None
         if weight is None or shape != layer.weight_shape:
             found = f"the model has a {type(module).__name__} of shape {shape}"
             raise CheckpointError(f"layer {name!r}: its dense weight has shape {layer.weight_shape}; {found}")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from .. import tensorize
-from ..decompose import Decomposition, decompose_matrix
-from ..errors import FormatError
-from ..network import Mode, Network, linear_modes
+from ..decompose import Decomposition, decompose
+from ..errors import DecompositionError, FormatError, ModeError
+from ..network import Axis, Mode, Network, linear_axes, modes_of
 from ..rank import Rank, resolve, validate
 
 _REGISTRY: dict[str, type[Format]] = {}
@@ -76,7 +78,8 @@ class Format(ABC):
         Parameters
         ----------
         modes : sequence of Mode
-            The modes of the dense weight.
+            The modes of the dense weight. Those of the role group are left out: each group of a layer is factorized
+            by itself, so that they sit on every core.
 
         Returns
         -------
@@ -100,38 +103,57 @@ class Format(ABC):
             Shapes ``network.core_shapes``. They need not be balanced: the caller does that.
         """
 
-    def default_modes(self, size: int, role: str) -> tuple[int, ...]:
-        """The modes that a dimension is tensorized with where the user gives none: balanced ones."""
-        return tensorize.balanced_modes(size, self.order)
+    def default_modes(self, axis: Axis) -> tuple[int, ...]:
+        """The modes that an axis is split into where the user gives none: balanced ones, or the axis itself."""
+        return tensorize.balanced_modes(axis.size, self.order) if axis.split else (axis.size,)
 
     def network(self, out_features: int, in_features: int) -> Network:
         """The network of a linear layer of this shape. See `resolve` for the notes on clamped ranks."""
-        return self.resolve(out_features, in_features)[0]
+        return self.resolve(linear_axes(out_features, in_features))[0]
 
-    def resolve(self, out_features: int, in_features: int) -> tuple[Network, tuple[str, ...]]:
-        """The network of a linear layer of this shape, and the notes on what was clamped.
+    def resolve(self, axes: Sequence[Axis]) -> tuple[Network, tuple[str, ...]]:
+        """The network of a dense weight with these axes, and the notes on what was clamped.
 
         Raises
         ------
         RankError, ModeError, FormatError
             Where the rank or the modes do not fit the shape.
         """
-        sides = []
-        for role, size, given in (("out", out_features, self.out_modes), ("in", in_features, self.in_modes)):
-            if given is None:
-                sides.append(self.default_modes(size, role))
-            else:
-                sides.append(tensorize.check_modes(given, size, f"{role}_modes"))
-        modes = linear_modes(*sides)
-        cores = self.layout(modes)
+        modes = modes_of(axes, self._splits(axes))
+        groups = tuple(mode.name for mode in modes if mode.role == "group")
+        layout = self.layout([mode for mode in modes if mode.role != "group"])
+        cores = tuple((*groups, *core) for core in layout)
         free = {mode.name for mode in modes}
         bonds = tuple((index, 1) for index in dict.fromkeys(chain(*cores)) if index not in free)
         if not bonds:
-            raise FormatError(f"{self}: modes {sides[0]} x {sides[1]} give a network without a bond, the dense weight")
-        return resolve(Network(cores, bonds, modes), self.rank, out_features * in_features, type(self).__name__)
+            sizes = " x ".join(str(mode.size) for mode in modes)
+            raise FormatError(f"{self}: modes {sizes} give a network without a bond, the dense weight")
+        dense_parameters = math.prod(axis.size for axis in axes)
+        return resolve(Network(cores, bonds, modes), self.rank, dense_parameters, type(self).__name__)
 
-    def decompose(self, weight: Tensor) -> Decomposition:
-        """Factorize a dense matrix of shape (out_features, in_features).
+    def _splits(self, axes: Sequence[Axis]) -> list[tuple[int, ...]]:
+        splits = [self.default_modes(axis) if axis.role in ("out", "in") else (axis.size,) for axis in axes]
+        for role, given in (("out", self.out_modes), ("in", self.in_modes)):
+            positions = [k for k, axis in enumerate(axes) if axis.role == role]
+            sizes = tuple(axes[k].size for k in positions)
+            if len(positions) != 1:
+                if given not in (None, sizes):
+                    raise ModeError(f"{role}_modes {given}: the dimensions {sizes} of this layer are not split further")
+                for k in positions:
+                    splits[k] = (axes[k].size,)
+            elif given is not None:
+                splits[positions[0]] = tensorize.check_modes(given, sizes[0], f"{role}_modes")
+        return splits
+
+    def decompose(self, weight: Tensor, axes: Sequence[Axis] | None = None) -> Decomposition:
+        """Factorize a dense weight.
+
+        Parameters
+        ----------
+        weight : Tensor
+            One dimension an axis.
+        axes : sequence of Axis, optional
+            By default those of a matrix (out_features, in_features).
 
         Returns
         -------
@@ -141,11 +163,31 @@ class Format(ABC):
         Raises
         ------
         DecompositionError
-            If the weight is no finite floating-point matrix.
+            If the weight is no finite floating-point tensor with these axes.
         RankError, ModeError, FormatError
             Where rank or modes do not fit the shape.
         """
-        return decompose_matrix(weight, lambda out, columns: self.network(out, columns), self.fill)
+        if axes is None:
+            if weight.dim() != 2 or not weight.numel():
+                raise DecompositionError(
+                    f"weight {tuple(weight.shape)}: a non-empty matrix (out_features, in_features); "
+                    "of other weights the axes are stated"
+                )
+            axes = linear_axes(*weight.shape)
+        return decompose(weight, axes, self.resolve(axes)[0], self._fill_groups)
+
+    def _fill_groups(self, dense: Tensor, network: Network) -> list[Tensor]:
+        """`fill`, for each group by itself where there are groups."""
+        groups = network.names("group")
+        if not groups:
+            return self.fill(dense, network)
+        inner = network.without(groups)
+        order = [mode.name for mode in network.modes]
+        dense = dense.permute([order.index(name) for name in (*groups, *(n for n in order if n not in groups))])
+        filled = [self.fill(part, inner) for part in dense.reshape(-1, *inner.shape)]
+        return [
+            torch.stack(cores).reshape(shape) for cores, shape in zip(zip(*filled), network.core_shapes, strict=True)
+        ]
 
     def pin(self, network: Network) -> Format:
         """This format with every choice written out, so that it gives `network` whatever the defaults become."""

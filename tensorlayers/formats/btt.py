@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import tensorize
 from ..decompose import sequential_svd
-from ..network import Mode, Network
+from ..network import Axis, Mode, Network
 from .base import Format, names_by_role
 
 
@@ -30,6 +30,8 @@ class BTT(Format):
     in_modes, out_modes : tuple of int, optional
         Default: the blocks' inner width is at least 128 where the layer is that wide, e.g. in (4, 192), out (192, 4).
 
+    On a convolution the channels are split likewise, and the core of all in modes carries the kernel.
+
     References
     ----------
     Dao et al. 2022, Monarch; Qiu et al. 2024, Compute better spent: replacing dense layers with structured matrices.
@@ -43,19 +45,22 @@ class BTT(Format):
     order: int = 2  # type: ignore[misc]
     name: ClassVar[str] = "btt"
 
-    def default_modes(self, size: int, role: str) -> tuple[int, ...]:
-        modes = tensorize.skewed_modes(size, self.order)
-        return modes if role == "in" else modes[::-1]
+    def default_modes(self, axis: Axis) -> tuple[int, ...]:
+        modes = tensorize.skewed_modes(axis.size, self.order)
+        return modes if axis.role == "in" else modes[::-1]
 
     def layout(self, modes: Sequence[Mode]) -> tuple[tuple[str, ...], ...]:
         outs, ins = names_by_role(modes, "out"), names_by_role(modes, "in")
         order = max(len(outs), len(ins))
         missing = order - len(ins)  # a missing out mode is the last, a missing in mode the first: so they mirror
         cores = []
+        # A kernel goes with all in modes, as a convolution of blocks; a stack shares the other cores.
+        others = [*names_by_role(modes, "kernel"), *names_by_role(modes, "stack")]
         for t in range(1, order + 1):
             last = order - t + 1
             bonds = [f"r{k}" for k in (t - 1, t) if 0 < k < order]
-            cores.append((*ins[: max(last - missing, 0)], *outs[last - 1 :], *bonds))
+            here = others if t == 1 else []
+            cores.append((*ins[: max(last - missing, 0)], *outs[last - 1 :], *bonds, *here))
         return tuple(cores)
 
     def fill(self, dense: Tensor, network: Network) -> list[Tensor]:

@@ -26,11 +26,12 @@ class CP(Format):
     order : int
         Modes a side.
     in_modes, out_modes : tuple of int, optional
-        Default: balanced.
+        Default: balanced; the channels of a convolution are not split.
 
     References
     ----------
-    Kolda and Bader 2009, Tensor decompositions and applications, section 3.4.
+    Kolda and Bader 2009, Tensor decompositions and applications, section 3.4; Lebedev et al. 2015, Speeding-up
+    convolutional neural networks using fine-tuned CP-decomposition.
 
     Examples
     --------

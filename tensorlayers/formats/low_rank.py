@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
 from ..decompose import sequential_svd
+from ..errors import FormatError
 from ..network import Mode, Network
 from .base import Format, names_by_role
 
@@ -25,6 +26,14 @@ class LowRank(Format):
         See `Format`.
     in_modes, out_modes : tuple of int, optional
         Default: not tensorized.
+    split : {"channel", "spatial"}
+        Of a convolution: all of the kernel with the in channels (kxk, then 1x1), or the first half of its dimensions
+        with the in and the rest with the out channels (kx1, then 1xk).
+
+    References
+    ----------
+    Jaderberg et al. 2014, Speeding up convolutional neural networks with low rank expansions, scheme 2 (spatial);
+    Zhang et al. 2015, Accelerating very deep convolutional networks (channel).
 
     Examples
     --------
@@ -32,10 +41,19 @@ class LowRank(Format):
     (96,)
     """
 
+    split: str = field(default="channel", kw_only=True)
     name: ClassVar[str] = "lowrank"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.split not in ("channel", "spatial"):
+            raise FormatError(f"LowRank: a split is 'channel' or 'spatial'; got {self.split!r}")
+
     def layout(self, modes: Sequence[Mode]) -> tuple[tuple[str, ...], ...]:
-        return (*names_by_role(modes, "out"), "r"), ("r", *names_by_role(modes, "in"))
+        kernel = names_by_role(modes, "kernel")
+        first = len(kernel) if self.split == "channel" else -(-len(kernel) // 2)
+        left = (*names_by_role(modes, "stack"), *names_by_role(modes, "out"), *kernel[first:], "r")
+        return left, ("r", *names_by_role(modes, "in"), *kernel[:first])
 
     def fill(self, dense: Tensor, network: Network) -> list[Tensor]:
         return sequential_svd(dense, network)

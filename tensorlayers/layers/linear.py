@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .. import contraction, cost, dispatch, functional
+from .. import contraction, cost, dispatch
 from ..cost import Cost
-from ..errors import ConversionError, NetworkError
-from ..formats import Format, LowRank, from_dict
-from ..network import Network
-from ..precision import DTYPES
-from .base import FactorizedLayer, linear_boxes
+from ..errors import NetworkError
+from ..formats import Format, LowRank
+from ..network import Axis, Network, linear_axes
+from .base import FactorizedLayer, Settings, check_sizes
 
 _DEFAULT = LowRank(0.25)
 
@@ -33,6 +33,8 @@ class FactorizedLinear(FactorizedLayer):
         As in nn.Linear.
     format : Format
         Keyword only; by default low rank at a quarter of the parameters.
+    stack : (int, int), optional
+        Of a jointly factorized layer: how many layers share the cores, and the position of this one.
 
     Raises
     ------
@@ -50,6 +52,7 @@ class FactorizedLinear(FactorizedLayer):
     """
 
     kind: ClassVar[str] = "linear"
+    dense_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
 
     in_features: int
     out_features: int
@@ -63,97 +66,54 @@ class FactorizedLinear(FactorizedLayer):
         dtype: torch.dtype | None = None,
         *,
         format: Format = _DEFAULT,
+        stack: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise NetworkError(f"{name}: an integer of at least 1; got {size!r}")
-        if not isinstance(format, Format):
-            raise NetworkError(f"format: a Format such as LowRank(0.25); got {format!r}")
-        if (dtype or torch.get_default_dtype()) not in DTYPES:
-            raise NetworkError(f"dtype: one of {', '.join(str(known) for known in DTYPES)}; got {dtype}")
+        check_sizes(in_features=in_features, out_features=out_features)
         self.in_features = in_features
         self.out_features = out_features
-        self.source = "Linear"
-        network = format.network(out_features, in_features)
-        self._register(format, network, out_features if bias else None, device, dtype)
-        self.reset_parameters()
+        self._register(format, out_features if bias else None, device, dtype, stack)
 
     @classmethod
     def matches(cls, module: nn.Module) -> str | None:
-        if isinstance(module, nn.Linear):
-            return "Linear"
         # Hugging Face's GPT-2 layer, by its class name: transformers is not imported for it.
         if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight"):
             return "Conv1D"
-        return None
+        return super().matches(module)
 
     @classmethod
-    def from_dense(cls, module: nn.Module, format: Format) -> FactorizedLinear:
-        """Factorize a dense layer.
-
-        Parameters
-        ----------
-        module : nn.Linear, or the transposed Conv1D of Hugging Face's GPT-2
-            Copied, never aliased; its device, dtype, training mode and requires_grad are kept.
-        format : Format
-
-        Returns
-        -------
-        FactorizedLinear
-            Its `error` is the relative error of the weight.
-
-        Raises
-        ------
-        ConversionError
-            If the module is of neither kind.
-        DecompositionError, RankError, ModeError, FormatError
-            See `Format.decompose`.
-        """
-        source = cls.matches(module)
-        if source is None:
-            raise ConversionError(f"from_dense: an nn.Linear or a GPT-2 Conv1D; got {type(module).__name__}")
-        if not isinstance(format, Format):
-            raise ConversionError(f"from_dense: a Format such as LowRank(0.25); got {format!r}")
-        if isinstance(module.weight, nn.parameter.UninitializedParameter):
-            raise ConversionError("from_dense: a layer with a shape; this one is lazy")
-        weight: Tensor = module.weight if source == "Linear" else module.weight.T  # type: ignore[assignment]
-        decomposition = format.decompose(weight)
-        layer = cls.empty(module, format)
-        layer._adopt(decomposition)
-        if layer.bias is not None:
-            with torch.no_grad():
-                layer.bias.copy_(module.bias)  # type: ignore[arg-type]
-        return layer
+    def settings_of(cls, module: nn.Module) -> Settings:
+        if cls.matches(module) == "Conv1D":  # which stores its weight transposed
+            rows, columns = cls.weight_of(module).shape
+        else:
+            rows, columns = module.out_features, module.in_features  # type: ignore[assignment]
+        return {"in_features": columns, "out_features": rows, "bias": module.bias is not None}
 
     @classmethod
-    def empty(cls, module: nn.Module, format: Format) -> FactorizedLinear:
-        """A layer like a dense one (shape, device, dtype, mode, requires_grad), its cores without values."""
-        source = cls.matches(module)
-        weight, bias = module.weight, module.bias
-        assert isinstance(weight, Tensor)
-        rows, columns = cls.dense_shape(module)
-        layer = cls(columns, rows, bias is not None, "meta", weight.dtype, format=format)
-        layer.to_empty(device=weight.device)
-        layer.source = str(source)
-        layer.train(module.training)
-        layer.cores.requires_grad_(weight.requires_grad)
-        if layer.bias is not None:
-            assert isinstance(bias, Tensor)
-            layer.bias.data = layer.bias.data.to(bias.dtype)
-            layer.bias.requires_grad_(bias.requires_grad)
-        return layer
+    def axes_of(cls, settings: Mapping[str, Any]) -> tuple[Axis, ...]:
+        return linear_axes(settings["out_features"], settings["in_features"])
 
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        return self.out_features, self.in_features
+    @classmethod
+    def shape_of(cls, settings: Mapping[str, Any]) -> tuple[int, ...]:
+        return settings["out_features"], settings["in_features"]
+
+    @classmethod
+    def weight_of(cls, module: nn.Module) -> Tensor:
+        weight = super().weight_of(module)
+        return weight.T if cls.matches(module) == "Conv1D" else weight
+
+    @classmethod
+    def dense_cost(cls, settings: Mapping[str, Any], rows: int) -> Cost:
+        return cost.dense_linear(settings["out_features"], settings["in_features"], rows)
+
+    @classmethod
+    def factorized_cost(cls, network: Network, settings: Mapping[str, Any], rows: int) -> Cost:
+        plan = contraction.linear_plan(network, contraction.batch_class(rows))
+        return plan.resized(contraction.BATCH, rows).cost
 
     @property
     def fan_in(self) -> int:
         return self.in_features
-
-    def boxes(self) -> Iterator[dict[str, slice]]:
-        return linear_boxes(self.network, self.out_features, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.is_nested:  # nn.TransformerEncoder hands them on when it skips padding
@@ -164,56 +124,16 @@ class FactorizedLinear(FactorizedLayer):
             raise NetworkError(
                 f"input: the last dimension is in_features = {self.in_features}; got {tuple(input.shape)}"
             )
-        return dispatch.linear(input, self.network, list(self.cores), self.bias, out_features=self.out_features)
-
-    def to_dense(self) -> Tensor:
-        """The dense weight, shape (out_features, in_features), differentiable in the cores; built at each call."""
-        return functional.dense_linear(self.network, list(self.cores), self.out_features, self.in_features)
+        cores = self.active_cores()
+        return dispatch.linear(input, self.own_network, cores, self.bias, out_features=self.out_features)
 
     def to_module(self) -> nn.Module:
-        """The dense layer of the kind that this one replaced, with the same output up to rounding; nothing aliased."""
-        weight = self.to_dense().detach()
-        module: nn.Module
+        module = super().to_module()
         if self.source == "Conv1D" and importlib.util.find_spec("transformers") is not None:
+            weight, bias = module.weight, module.bias
+            assert isinstance(weight, Tensor)
             module = importlib.import_module("transformers.pytorch_utils").Conv1D(self.out_features, self.in_features)
-            weight = weight.T
-        else:
-            module = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        module.weight = nn.Parameter(weight.contiguous(), self.cores[0].requires_grad)
-        if self.bias is not None:
-            module.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+            module.weight = nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad)
+            if bias is not None:
+                module.bias = bias
         return module.train(self.training)
-
-    @classmethod
-    def dense_shape(cls, module: nn.Module) -> tuple[int, ...]:
-        shape = tuple(module.weight.shape)  # type: ignore[arg-type]
-        return shape if cls.matches(module) == "Linear" else shape[::-1]
-
-    @classmethod
-    def resolve(cls, format: Format, shape: Sequence[int]) -> tuple[Network, tuple[str, ...]]:
-        return format.resolve(*shape)
-
-    @classmethod
-    def costs(cls, network: Network, shape: Sequence[int], rows: int) -> tuple[Cost, Cost]:
-        plan = contraction.linear_plan(network, contraction.batch_class(rows))
-        return cost.dense_linear(shape[0], shape[1], rows), plan.resized(contraction.BATCH, rows).cost
-
-    def config(self) -> dict[str, Any]:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "bias": self.bias is not None,
-            "source": self.source,
-            "format": self.format.pin(self.network).to_dict(),
-        }
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> FactorizedLinear:
-        format = from_dict(config["format"])
-        layer = cls(config["in_features"], config["out_features"], bool(config["bias"]), "meta", format=format)
-        layer.source = str(config["source"])
-        return layer
-
-    def extra_repr(self) -> str:
-        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{shape}, {super().extra_repr()}"
