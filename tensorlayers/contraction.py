@@ -303,15 +303,15 @@ def contract(
     return execute(plan(names, tuple(output), tuple((index, sizes[index]) for index in used)), operands)
 
 
-def batch_class(batch: int) -> int:
+def batch_class(batch: int, classes: Sequence[int] = BATCH_CLASSES) -> int:
     """The batch size whose contraction order a batch of this many rows takes."""
     # An exported graph serves every batch, so it must not branch on the one it was traced with.
     if torch.compiler.is_exporting():
-        return BATCH_CLASSES[2]
-    for size in BATCH_CLASSES:
+        return classes[2]
+    for size in classes:
         if batch <= size:
             return size
-    return BATCH_CLASSES[-1]
+    return classes[-1]
 
 
 def constant_when_compiled(function: _F) -> _F:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import contraction, functional
+from .convolution import Window
 from .errors import KernelError
 from .network import Network
 from .precision import cast_for_autocast
@@ -130,3 +131,17 @@ def linear(
     x, *cores = cast_for_autocast(x, *cores)
     product = choose(x, network)
     return functional.linear(x, network, cores, bias, out_features=out_features, product=product)
+
+
+def conv(
+    x: Tensor,  # (batch, in_channels, *spatial)
+    network: Network,
+    cores: Sequence[Tensor],
+    window: Window,
+    bias: Tensor | None = None,  # (out_channels,)
+    *,
+    out_channels: int | None = None,
+) -> Tensor:  # (batch, out_channels, *spatial')
+    """`functional.conv`; under autocast, in its dtype."""
+    x, *cores = cast_for_autocast(x, *cores)
+    return functional.conv(x, network, cores, window, bias, out_channels=out_channels)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import contraction
+from . import contraction, convolution
+from .convolution import Window
 from .errors import NetworkError
 from .network import Network
 
@@ -78,3 +81,70 @@ def linear(
     if bias is not None:
         y = y + bias.to(y.dtype)
     return y.reshape(*lead, out_features)
+
+
+def conv(
+    x: Tensor,  # (batch, in_channels, *spatial)
+    network: Network,
+    cores: Sequence[Tensor],  # shapes network.core_shapes
+    window: Window,
+    bias: Tensor | None = None,  # (out_channels,)
+    *,
+    out_channels: int | None = None,
+) -> Tensor:  # (batch, out_channels, *spatial')
+    """Convolve with a factorized kernel without forming it.
+
+    Where the modes are larger than the channels (padding), x is padded with zeros and the result is cut, group by
+    group.
+
+    Parameters
+    ----------
+    x : Tensor
+        The batch may be empty.
+    network : Network
+        Its modes have the roles out, in, group and kernel.
+    cores : sequence of Tensor
+        The dtype and device of `x`.
+    window : Window
+    bias : Tensor, optional
+    out_channels : int, optional
+        Defaults to the length of the bias, or to what the out modes hold.
+
+    Returns
+    -------
+    Tensor
+        The dtype of `x`; in the memory format of `x`.
+
+    Raises
+    ------
+    NetworkError
+        If the modes do not hold the channels, or the groups do not divide them.
+    """
+    groups, columns, rows = (network.features(role) for role in ("group", "in", "out"))
+    if out_channels is None:
+        out_channels = groups * rows if bias is None else bias.shape[0]
+    for what, count, held in (("in", x.shape[1], columns), ("out", out_channels, rows)):
+        if count % groups or count // groups > held:
+            raise NetworkError(f"{what}_channels {count}: at most {held} a group of {groups}, what the modes hold")
+    last = channels_last(x)
+    batch, spatial = x.shape[0], x.shape[2:]
+    if x.shape[1] < groups * columns:
+        parts = x.reshape(batch, groups, -1, *spatial)
+        x = F.pad(parts, (*(0 for _ in range(2 * len(spatial))), 0, columns - parts.shape[2])).flatten(1, 2)
+    plan = convolution.plan_for(network, window, batch * math.prod(spatial))
+    whole = out_channels == groups * rows
+    y = convolution.execute(plan, x, cores, window, bias if whole else None)
+    if not whole:
+        y = y.reshape(batch, groups, rows, *y.shape[2:])[:, :, : out_channels // groups].flatten(1, 2)
+        if bias is not None:
+            y = y + bias.to(y.dtype).view(-1, *(1 for _ in spatial))
+    return y if last is None else y.contiguous(memory_format=last)
+
+
+def channels_last(x: Tensor) -> torch.memory_format | None:
+    """The channels-last format that a tensor is in; None where it is contiguous, or in neither."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(x.dim())
+    if wanted is None or x.is_contiguous() or not x.is_contiguous(memory_format=wanted):
+        return None
+    return wanted

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from . import contraction
 from .formats import Format
-from .layers import FactorizedLinear
-from .network import Network
+from .layers import FactorizedLayer, FactorizedLinear
+from .network import Network, modes_by_axis
 
 TOLERANCE = {
     torch.float64: 1e-10,
@@ -74,9 +74,22 @@ def dense_by_hand(network: Network, cores: Sequence[Tensor]) -> Tensor:
 
 
 def check_linear(layer: FactorizedLinear, rows: int = 5) -> None:
-    """Compare a layer's output and every gradient with those of the dense layer in float64."""
-    dtype, device = layer.cores[0].dtype, layer.cores[0].device
-    x = torch.randn(rows, layer.in_features, dtype=dtype, device=device, requires_grad=True)
+    """`check_layer` of a linear layer, on random rows."""
+    check_layer(layer, torch.randn(rows, layer.in_features, dtype=layer.cores[0].dtype, device=layer.cores[0].device))
+
+
+def check_layer(layer: FactorizedLayer, x: Tensor) -> None:
+    """Compare a layer's output and every gradient with those of torch's own layer in float64.
+
+    Parameters
+    ----------
+    layer : FactorizedLayer
+        In the dtype that is tested.
+    x : Tensor
+        A floating-point input; its gradient is compared too.
+    """
+    dtype = layer.cores[0].dtype
+    x = x.detach().requires_grad_()
     y = layer(x)
     assert y.dtype == dtype
     probe = torch.randn_like(y)
@@ -89,7 +102,7 @@ def check_linear(layer: FactorizedLinear, rows: int = 5) -> None:
 
 
 def _dense_truth(
-    layer: FactorizedLinear, x: Tensor, probe: Tensor, on: Callable[[Tensor], Tensor]
+    layer: FactorizedLayer, x: Tensor, probe: Tensor, on: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, ...]:
     """Output and gradients of the dense layer in float64, `on` applied to all that goes in (abs: the terms' size)."""
     wide = copy.deepcopy(layer).double()
@@ -97,9 +110,12 @@ def _dense_truth(
         for parameter in wide.parameters():
             parameter.copy_(on(parameter))
     x = on(x.detach().double()).requires_grad_()
-    weight = contraction.to_dense(wide.network, list(wide.cores))
-    weight = weight.reshape(wide.network.features("out"), -1)[: wide.out_features, : wide.in_features]
-    y = torch.nn.functional.linear(x, weight, wide.bias)
+    own = wide.own_network
+    modes = [math.prod(mode.size for mode in modes) for modes in modes_by_axis(wide.axes, own)]
+    weight = contraction.to_dense(own, wide.own_cores()).reshape(modes)[tuple(slice(a.size) for a in wide.axes)]
+    values = {"weight": wide.from_axes(weight, wide.settings_of(wide)), "bias": wide.bias}
+    dense = wide.to_module()
+    y = torch.func.functional_call(dense, {name: value for name, value in values.items() if value is not None}, (x,))
     return y, *torch.autograd.grad(y, [x, *wide.parameters()], on(probe.double()))
 
 

@@ -51,6 +51,8 @@ class Format(ABC):
     """The format's name in files and on the command line."""
     order: ClassVar[int] = 1
     """Modes a side where the user gives none; a field in the formats where it can be chosen."""
+    listed: ClassVar[bool] = True
+    """Whether any layer may choose it. One that is a layer kind's own can still be read by its name."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -202,8 +204,8 @@ class Format(ABC):
 
 
 def available() -> dict[str, type[Format]]:
-    """The registered formats by name."""
-    return dict(_REGISTRY)
+    """The registered formats that any layer may choose, by name."""
+    return {name: cls for name, cls in _REGISTRY.items() if cls.listed}
 
 
 def get(name: str) -> type[Format]:
@@ -215,7 +217,7 @@ def get(name: str) -> type[Format]:
         If there is none.
     """
     if name not in _REGISTRY:
-        raise FormatError(f"format {name!r}: one of {', '.join(sorted(_REGISTRY))}")
+        raise FormatError(f"format {name!r}: one of {', '.join(sorted(available()))}")
     return _REGISTRY[name]
 
 

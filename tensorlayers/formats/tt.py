@@ -48,7 +48,7 @@ class TT(Format):
         outs, ins = names_by_role(modes, "out"), names_by_role(modes, "in")
         kernel, stack = names_by_role(modes, "kernel"), names_by_role(modes, "stack")
         sites = [[name] for name in stack]
-        if kernel:
+        if kernel or len(outs) == len(ins) == 1:
             sites += [[name] for name in (*ins, *kernel, *outs)]
         else:
             sites += [outs[k : k + 1] + ins[k : k + 1] for k in range(max(len(outs), len(ins)))]

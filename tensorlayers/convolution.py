@@ -1,0 +1,428 @@
+"""Convolving with a network: in which order its cores meet the input, each as one, possibly grouped, convolution.
+
+A core's kernel modes are convolved. An index that it shares with the input groups the convolution where it is still
+needed afterwards, and is summed where it is not. Cores are multiplied with each other first where that is cheaper.
+This yields CP's 1x1, depthwise, 1x1, Tucker's 1x1, kxk, 1x1 and TT's pipeline.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import contraction
+from .contraction import Plan, constant_when_compiled
+from .cost import Cost, volume
+from .network import Network
+
+POSITIONS_CLASSES = (16, 256, 4096, 65536)
+"""Orders are chosen for these numbers of input positions (batch x spatial sizes); see `contraction.batch_class`."""
+
+_EXACT = 8  # cores up to which every order is tried (3^8 pairs of subsets)
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a convolution moves over its input; one entry a spatial dimension.
+
+    Parameters
+    ----------
+    kernel_size, stride, dilation : tuple of int
+    padding : tuple of (int, int)
+        Before and after.
+    padding_mode : {"zeros", "reflect", "replicate", "circular"}
+    transposed : bool
+        The padding is then symmetric, and of zeros.
+    output_padding : tuple of int
+        Of a transposed convolution.
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    padding_mode: str = "zeros"
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+
+    @property
+    def plain(self) -> tuple[int, ...]:
+        """The dimensions of kernel size 1, which have no kernel mode, that are padded or strided all the same."""
+        extra = self.output_padding or (0,) * len(self.stride)
+        moves = zip(self.kernel_size, self.stride, self.padding, extra, strict=True)
+        return tuple(d for d, (k, s, p, e) in enumerate(moves) if k == 1 and (s > 1 or any(p) or e))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One convolution.
+
+    Parameters
+    ----------
+    cores : tuple of int
+        The cores of the network that it takes.
+    merge : Plan or None
+        How they are multiplied first, where they are several.
+    order : tuple of str
+        The indices of the input's channels as it comes.
+    lead, groups, summed, new : tuple of str
+        The input's indices that the cores do not carry (a batch), those that they carry and leave, those that they
+        sum; and what they bring in.
+    result : tuple of str
+        The indices of the result's channels: lead, groups, new.
+    kernel : tuple of str
+        The kernel modes.
+    dims : tuple of int
+        The spatial dimensions that are strided and padded in this step.
+    cost : Cost
+        At the number of input positions that the order was chosen for, the merging included.
+    sizes : tuple of int
+        Of the input's channel indices, in `order`.
+    reorder : tuple of int
+        Where in `order` lead, groups and summed are; empty where they are in order already.
+    counts : (int, int, int)
+        The products of the sizes of lead, groups, and groups with summed.
+    transposed : bool
+        Whether torch's transposed convolution does it.
+    core_order, weight_shape : tuple of int
+        How the (merged) core becomes the weight that torch's convolution takes.
+    """
+
+    cores: tuple[int, ...]
+    merge: Plan | None
+    order: tuple[str, ...]
+    lead: tuple[str, ...]
+    groups: tuple[str, ...]
+    summed: tuple[str, ...]
+    new: tuple[str, ...]
+    result: tuple[str, ...]
+    kernel: tuple[str, ...]
+    dims: tuple[int, ...]
+    cost: Cost
+    sizes: tuple[int, ...]
+    reorder: tuple[int, ...]
+    counts: tuple[int, int, int]
+    transposed: bool
+    core_order: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+
+
+class _Search:
+    """The cheapest order, by dynamic programming over the sets of cores that have met the input."""
+
+    def __init__(
+        self,
+        network: Network,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        plain: Sequence[int],
+        transposed: bool,
+        positions: int,
+    ) -> None:
+        self.network, self.stride, self.transposed, self.positions = network, stride, transposed, positions
+        self.plain = tuple(plain)
+        self.kernel = frozenset(network.names("kernel"))
+        self.entering = frozenset((*network.names("in"), *network.names("group")))
+        self.leaving = frozenset((*network.names("out"), *network.names("group")))
+        self.modes = frozenset(mode.name for mode in network.modes)
+        self.everything = frozenset(range(len(network.cores)))
+        moving = [d for d, size in enumerate(kernel_size) if size > 1]
+        self.dimension = dict(zip(network.names("kernel"), moving, strict=True))
+        self.channels = cache(self._channels)
+        self.merged = cache(self._merged)
+        self.merge = cache(self._merge)
+        self.extent = cache(self._extent)
+
+    def indices(self, cores: Iterable[int]) -> set[str]:
+        return {index for k in cores for index in self.network.cores[k]}
+
+    def _channels(self, done: frozenset[int]) -> frozenset[str]:
+        """The indices of the input's channels once these cores have met it."""
+        needed = self.leaving | self.indices(self.everything - done)
+        return frozenset((self.entering | self.indices(done)) & needed - self.kernel)
+
+    def _merged(self, cores: frozenset[int]) -> tuple[str, ...]:
+        """The indices of the product of these cores."""
+        kept = self.modes | self.indices(self.everything - cores)
+        return tuple(index for index in self.network.size if index in self.indices(cores) and index in kept)
+
+    def _merge(self, cores: frozenset[int]) -> Plan | None:
+        if len(cores) == 1:
+            return None
+        terms = tuple(self.network.cores[k] for k in sorted(cores))
+        used = set().union(*terms)
+        sizes = tuple((index, size) for index, size in self.network.sizes if index in used)
+        return contraction.plan(terms, self.merged(cores), sizes)
+
+    def strided(self, cores: frozenset[int], done: frozenset[int]) -> tuple[int, ...]:
+        """The spatial dimensions that a step with these cores acts on."""
+        dims = [self.dimension[index] for index in self.merged(cores) if index in self.kernel]
+        # Those without a kernel mode at the end that makes the data smaller.
+        first, last = not done, done | cores == self.everything
+        return tuple(sorted([*dims, *(self.plain if (last if self.transposed else first) else ())]))
+
+    def _extent(self, done: frozenset[int]) -> float:
+        """The number of positions once these cores have met the input."""
+        dims = {self.dimension[index] for index in self.indices(done) & self.kernel}
+        if done == self.everything or (done and not self.transposed):
+            dims.update(self.plain)
+        factor = math.prod(self.stride[d] for d in dims)
+        return self.positions * factor if self.transposed else self.positions / factor
+
+    def cost(self, done: frozenset[int], cores: frozenset[int]) -> Cost:
+        """The cost of a step, the merging of its cores included."""
+        size = self.network.size
+        before, after, core = self.channels(done), self.channels(done | cores), self.merged(cores)
+        taps = volume(set(core) | before | after, size)  # the kernel's size is in the core
+        positions = self.extent(done) if self.transposed else self.extent(done | cores)
+        moved = volume(before, size) * self.extent(done) + volume(after, size) * self.extent(done | cores)
+        merge = self.merge(cores)
+        step = Cost(round(2 * taps * positions), round(moved) + volume(core, size))
+        return step + (merge.cost if merge else Cost())
+
+    def allowed(self, done: frozenset[int], cores: frozenset[int]) -> bool:
+        """Whether a step makes sense: no kernel mode left over, no outer product."""
+        own, rest = self.indices(cores), self.indices(self.everything - cores)
+        if own & rest & self.kernel or not (own & self.channels(done) or cores == self.everything):
+            return False
+        reached, left = {min(cores)}, set(cores) - {min(cores)}
+        while left:
+            touching = {k for k in left if self.indices([k]) & self.indices(reached)}
+            if not touching:
+                return False
+            reached |= touching
+            left -= touching
+        return True
+
+    def units(self) -> list[frozenset[int]]:
+        """The cores; where they are too many, some multiplied beforehand: the pairs that grow least."""
+        units = [frozenset([k]) for k in sorted(self.everything)]
+        while len(units) > _EXACT:
+            pairs = [(a | b, a, b) for n, a in enumerate(units) for b in units[:n] if self.indices(a) & self.indices(b)]
+
+            def growth(pair: tuple[frozenset[int], ...]) -> int:
+                both, a, b = (volume(self.merged(part), self.network.size) for part in pair)
+                return both - a - b
+
+            both, a, b = min(pairs, key=growth)
+            units = [*(unit for unit in units if unit not in (a, b)), both]
+        return units
+
+    def order(self) -> list[frozenset[int]]:
+        """The cores that each step takes."""
+        units = self.units()
+        full = (1 << len(units)) - 1
+        joined = [frozenset().union(*(u for k, u in enumerate(units) if mask >> k & 1)) for mask in range(full + 1)]
+        best: list[float] = [0.0] + [math.inf] * full
+        taken = [0] * (full + 1)
+        for mask in range(1, full + 1):
+            part = mask
+            while part:
+                rest = mask ^ part
+                if best[rest] < math.inf and self.allowed(joined[rest], joined[part]):
+                    score = best[rest] + self.cost(joined[rest], joined[part]).score
+                    if score < best[mask]:
+                        best[mask], taken[mask] = score, part
+                part = (part - 1) & mask
+        steps: list[frozenset[int]] = []
+        mask = full
+        while mask:
+            steps.append(joined[taken[mask]])
+            mask ^= taken[mask]
+        return steps[::-1]
+
+
+@dataclass(frozen=True)
+class ConvPlan:
+    """The convolutions that a network is applied by, in order.
+
+    Parameters
+    ----------
+    steps : tuple of Step
+    sizes, reorder : tuple of int
+        As of a `Step`: how the channels that the last one leaves come in the order of the group and out modes.
+    """
+
+    steps: tuple[Step, ...]
+    sizes: tuple[int, ...]
+    reorder: tuple[int, ...]
+
+    @property
+    def cost(self) -> Cost:
+        """The cost of all steps, at the number of input positions that the order was chosen for."""
+        return sum((step.cost for step in self.steps), Cost())
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates."""
+        return self.cost.macs
+
+
+@lru_cache(maxsize=4096)
+def conv_plan(
+    network: Network,
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    plain: tuple[int, ...],
+    transposed: bool,
+    positions: int,
+) -> ConvPlan:
+    """Find the cheapest order by `Cost.score`.
+
+    Parameters
+    ----------
+    network : Network
+        Its modes have the roles out, in, group and kernel: one kernel mode for each spatial dimension of a kernel
+        size above 1, in order.
+    kernel_size, stride : tuple of int
+    plain : tuple of int
+        See `Window.plain`.
+    transposed : bool
+    positions : int
+        Positions of the input: batch x spatial sizes. Borders are not counted.
+
+    Returns
+    -------
+    ConvPlan
+    """
+    search = _Search(network, kernel_size, stride, plain, transposed, positions)
+    order: tuple[str, ...] = (*network.names("group"), *network.names("in"))
+    done: frozenset[int] = frozenset()
+    steps = []
+    for cores in search.order():
+        steps.append(_step(search, order, done, cores))
+        order, done = steps[-1].result, done | cores
+    wanted = (*network.names("group"), *network.names("out"))
+    return ConvPlan(tuple(steps), tuple(network.size[index] for index in order), _permutation(order, wanted))
+
+
+def _permutation(order: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[int, ...]:
+    return () if order == wanted else tuple(order.index(index) for index in wanted)
+
+
+def _step(search: _Search, order: tuple[str, ...], done: frozenset[int], cores: frozenset[int]) -> Step:
+    network, size = search.network, search.network.size
+    core, after = search.merged(cores), search.channels(done | cores)
+    wanted = (*network.names("group"), *network.names("out"))
+    lead = tuple(index for index in order if index not in core)
+    groups = tuple(index for index in order if index in core and index in after)
+    summed = tuple(index for index in order if index in core and index not in after)
+    brought = [index for index in core if index not in order and index not in search.kernel]
+    new = tuple(sorted(brought, key=lambda index: wanted.index(index) if index in wanted else -1))
+    kernel = tuple(index for index in network.names("kernel") if index in core)
+    dims = search.strided(cores, done)
+    transposed = search.transposed and bool(dims)
+    merge = search.merge(cores)
+    (first, second) = (summed, new) if transposed else (new, summed)
+    names = merge.output if merge else network.cores[min(cores)]
+    taps = [1] * len(search.stride)
+    for name in kernel:
+        taps[search.dimension[name]] = size[name]
+    return Step(
+        cores=tuple(sorted(cores)),
+        merge=merge,
+        order=order,
+        lead=lead,
+        groups=groups,
+        summed=summed,
+        new=new,
+        result=(*lead, *groups, *new),
+        kernel=kernel,
+        dims=dims,
+        cost=search.cost(done, cores),
+        sizes=tuple(size[index] for index in order),
+        reorder=_permutation(order, (*lead, *groups, *summed)),
+        counts=(volume(lead, size), volume(groups, size), volume((*groups, *summed), size)),
+        transposed=transposed,
+        core_order=tuple(names.index(index) for index in (*groups, *first, *second, *kernel)),
+        weight_shape=(volume((*groups, *first), size), volume(second, size), *taps),
+    )
+
+
+def plan_for(network: Network, window: Window, positions: int) -> ConvPlan:
+    """The plan for an input of this many positions, by their class."""
+    classed = contraction.batch_class(positions, POSITIONS_CLASSES)
+    return _constant(network, window.kernel_size, window.stride, window.plain, window.transposed, classed)
+
+
+@constant_when_compiled
+def _constant(
+    network: Network,
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    plain: tuple[int, ...],
+    transposed: bool,
+    positions: int,
+) -> ConvPlan:
+    return conv_plan(network, kernel_size, stride, plain, transposed, positions)
+
+
+def execute(
+    plan: ConvPlan,
+    x: Tensor,  # (batch, group and in modes joined, *spatial)
+    cores: Sequence[Tensor],  # those of the network
+    window: Window,
+    bias: Tensor | None = None,  # (group and out modes joined,)
+) -> Tensor:  # (batch, group and out modes joined, *spatial')
+    """Carry out a plan: one convolution a step, the bias with the last."""
+    batch = x.shape[0]
+    added = bias is None
+    for position, step in enumerate(plan.steps, 1):
+        lead, _, channels = step.counts
+        if step.reorder:
+            x = _reordered(x, step.sizes, step.reorder)
+        if step.lead:
+            x = x.reshape(batch * lead, channels, *x.shape[2:])
+        with_bias = position == len(plan.steps) and not step.lead and not plan.reorder
+        x = _convolve(x, _weight(step, cores), window, step, bias if with_bias else None)
+        added = added or with_bias
+        if step.lead:
+            x = x.reshape(batch, lead * x.shape[1], *x.shape[2:])
+    if plan.reorder:
+        x = _reordered(x, plan.sizes, plan.reorder)
+    if bias is not None and not added:
+        x = x + bias.to(x.dtype).view(-1, *(1 for _ in x.shape[2:]))
+    return x
+
+
+def _reordered(x: Tensor, sizes: tuple[int, ...], reorder: tuple[int, ...]) -> Tensor:
+    """The same channels, their indices in another order."""
+    count = len(sizes)
+    parts = x.reshape(x.shape[0], *sizes, *x.shape[2:])
+    axes = [1 + position for position in reorder]
+    return parts.permute(0, *axes, *range(1 + count, parts.dim())).flatten(1, count)
+
+
+def _weight(step: Step, cores: Sequence[Tensor]) -> Tensor:
+    """The weight of a step as torch's convolution takes it."""
+    parts = [cores[k] for k in step.cores]
+    core = parts[0] if step.merge is None else contraction.execute(step.merge, parts)
+    # Contiguous: a 1x1 weight with transposed strides passes for channels-last, and the output would follow it.
+    return core.permute(step.core_order).reshape(step.weight_shape).contiguous()
+
+
+def _convolve(x: Tensor, weight: Tensor, window: Window, step: Step, bias: Tensor | None) -> Tensor:
+    """One convolution that strides, dilates and pads the dimensions of its step only."""
+    count = len(window.stride)
+    groups = step.counts[1]
+    stride = [window.stride[d] if d in step.dims else 1 for d in range(count)]
+    dilation = [window.dilation[d] if d in step.dims else 1 for d in range(count)]
+    padding = [window.padding[d] if d in step.dims else (0, 0) for d in range(count)]
+    bias = None if bias is None else bias.to(x.dtype)
+    if step.transposed:
+        extra = [window.output_padding[d] if d in step.dims else 0 for d in range(count)]
+        transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[count - 1]
+        amount = [before for before, _ in padding]
+        return transposed(x, weight, bias, stride, amount, extra, groups, dilation)
+    if window.padding_mode != "zeros" or any(before != after for before, after in padding):
+        amounts = [amount for pair in reversed(padding) for amount in pair]
+        if any(amounts):
+            x = F.pad(x, amounts, mode="constant" if window.padding_mode == "zeros" else window.padding_mode)
+        padding = [(0, 0)] * count
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[count - 1]
+    return convolve(x, weight, bias, stride, [before for before, _ in padding], dilation, groups)
