@@ -133,7 +133,9 @@ def _zero(network: Network, like: Tensor) -> list[Tensor]:
     return [*cores, torch.zeros(network.core_shapes[-1], dtype=like.dtype, device=like.device)]
 
 
-def balance(network: Network, cores: Sequence[Tensor], sweeps: int = 20) -> list[Tensor]:
+def balance(
+    network: Network, cores: Sequence[Tensor], sweeps: int = 20, bonds: Sequence[str] | None = None
+) -> list[Tensor]:
     """Give the slices of each bond the same norm on every core that carries it; the dense weight is unchanged.
 
     Unbalanced cores make fine-tuning diverge: their gradients differ by the ratio of their norms. Slices that are
@@ -146,15 +148,18 @@ def balance(network: Network, cores: Sequence[Tensor], sweeps: int = 20) -> list
         Shapes ``network.core_shapes``.
     sweeps : int
         Passes over the bonds; they interact where a core carries several.
+    bonds : sequence of str, optional
+        The bonds to balance; by default all. Cores that carry none of them are returned as they are.
 
     Returns
     -------
     list of Tensor
     """
     cores = list(cores)
-    for _ in range(sweeps if len(network.bonds) > 1 else 1):
+    bonds = network.bonds if bonds is None else bonds
+    for _ in range(sweeps if len(bonds) > 1 else 1):
         largest = 0.0
-        for bond in network.bonds:
+        for bond in bonds:
             carriers = [(k, core.index(bond)) for k, core in enumerate(network.cores) if bond in core]
             norms = torch.stack(
                 [torch.linalg.vector_norm(cores[k].movedim(axis, 0).flatten(1), dim=1) for k, axis in carriers]
@@ -321,12 +326,13 @@ def _cp_exact(dense: Tensor) -> list[Tensor]:
 
 def least_squares(
     network: Network,
-    dense: Tensor,  # shape network.shape, norm 1
+    dense: Tensor | tuple[Network, Sequence[Tensor]],  # shape network.shape, norm 1
     cores: Sequence[Tensor],  # shapes network.core_shapes
     *,
     ridge: float = _RIDGE,
     sweeps: int = _SWEEPS,
     tolerance: float = _TOLERANCE,
+    only: Sequence[int] | None = None,
 ) -> tuple[list[Tensor], float]:
     r"""Alternating least squares over the cores of any network.
 
@@ -336,7 +342,8 @@ def least_squares(
     Parameters
     ----------
     network : Network
-    dense : Tensor
+    dense : Tensor, or (Network, sequence of Tensor)
+        The weight, or another network of the same modes that gives it; that is not contracted to it.
     cores : sequence of Tensor
         The start.
     ridge : float
@@ -346,6 +353,8 @@ def least_squares(
     tolerance : float
         Stop where a sweep explains less than this fraction more of the squared norm. (Of trained weights an extreme
         compression explains a few per cent: the error itself hardly moves while the fit doubles.)
+    only : sequence of int, optional
+        The cores to solve for; the others stay as they are, and nothing is balanced. By default all.
 
     Returns
     -------
@@ -356,15 +365,21 @@ def least_squares(
     error = math.inf
     for _ in range(sweeps):
         before = error
-        for k in range(len(cores)):
+        for k in range(len(cores)) if only is None else only:
             cores[k], error = _solve_core(network, dense, cores, k, ridge)
-        cores = balance(network, cores)
+        cores = balance(network, cores) if only is None else cores
         if before**2 - error**2 <= tolerance * (1 - error**2):
             break
     return cores, error
 
 
-def _solve_core(network: Network, dense: Tensor, cores: Sequence[Tensor], k: int, ridge: float) -> tuple[Tensor, float]:
+def _solve_core(
+    network: Network,
+    dense: Tensor | tuple[Network, Sequence[Tensor]],
+    cores: Sequence[Tensor],
+    k: int,
+    ridge: float,
+) -> tuple[Tensor, float]:
     """The best core k with the others fixed, and the relative error then."""
     target = network.cores[k]
     others = [(names, core) for j, (names, core) in enumerate(zip(network.cores, cores, strict=True)) if j != k]
@@ -378,7 +393,12 @@ def _solve_core(network: Network, dense: Tensor, cores: Sequence[Tensor], k: int
     sizes = {**network.size, **{copy[bond]: network.size[bond] for bond in network.bonds}}
     tensors = [core for _, core in others]
     names = [names for names, _ in others]
-    right = contraction.contract((tuple(free), *names), (*batch, *bonds, *own), (dense, *tensors), sizes)
+    given, parts = ((tuple(free),), (dense,)) if isinstance(dense, Tensor) else (dense[0].cores, dense[1])
+    if not isinstance(dense, Tensor):
+        theirs = {bond: f"{bond}*" for bond in dense[0].bonds}
+        given = tuple(tuple(theirs.get(index, index) for index in core) for core in given)
+        sizes |= {theirs[bond]: dense[0].size[bond] for bond in theirs}
+    right = contraction.contract((*given, *names), (*batch, *bonds, *own), (*parts, *tensors), sizes)
     gram = contraction.contract(
         (*names, *copies), (*batch, *bonds, *(copy[bond] for bond in bonds)), (*tensors, *tensors), sizes
     )
@@ -387,10 +407,10 @@ def _solve_core(network: Network, dense: Tensor, cores: Sequence[Tensor], k: int
     right = right.reshape(count, size, -1).double()
     gram = gram.reshape(count, size, size).double()
     # Where a whole block of the environment vanished its mean is 0, and the ridge must still be positive.
-    mean = gram.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(torch.finfo(dense.dtype).tiny)
+    mean = gram.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(torch.finfo(cores[k].dtype).tiny)
     gram_ridge = gram + (ridge * mean)[:, None, None] * torch.eye(size, dtype=gram.dtype, device=gram.device)
     solution = torch.linalg.solve_ex(gram_ridge, right)[0]
     squared = 1 - 2 * (solution * right).sum() + (solution * (gram @ solution)).sum()
     order = [*batch, *bonds, *own]
-    core = solution.to(dense.dtype).reshape([sizes[index] for index in order])
+    core = solution.to(cores[k].dtype).reshape([sizes[index] for index in order])
     return core.permute([order.index(index) for index in target]), float(squared.clamp_min(0).sqrt())

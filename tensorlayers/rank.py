@@ -54,7 +54,9 @@ def validate(rank: object, what: str = "") -> Rank:
     return fraction
 
 
-def resolve(network: Network, rank: Rank, dense_parameters: int, what: str = "") -> tuple[Network, tuple[str, ...]]:
+def resolve(
+    network: Network, rank: Rank, dense_parameters: int, what: str = "", most: Sequence[int] | None = None
+) -> tuple[Network, tuple[str, ...]]:
     """Give every bond of a network its size.
 
     Parameters
@@ -69,6 +71,8 @@ def resolve(network: Network, rank: Rank, dense_parameters: int, what: str = "")
         Parameters of the layer's dense weight (no bias, no padding).
     what : str
         The format's name, for errors.
+    most : sequence of int, optional
+        Bounds of the ranks besides the largest useful ones, one a bond: those of a network that is to shrink.
 
     Returns
     -------
@@ -82,13 +86,13 @@ def resolve(network: Network, rank: Rank, dense_parameters: int, what: str = "")
     """
     rank = validate(rank, what)
     if isinstance(rank, float):
-        return _largest_within(network, rank, dense_parameters, what), ()
+        return _largest_within(network, rank, dense_parameters, what, most), ()
     bonds = network.bonds
     if isinstance(rank, tuple) and len(rank) != len(bonds):
         names = ", ".join(bonds)
         raise RankError(f"rank {rank}: this {what} network has {len(bonds)} ranks ({names}); got {len(rank)}")
     wanted = rank if isinstance(rank, tuple) else (rank,) * len(bonds)
-    clamped = clamp(network.with_ranks(wanted))
+    clamped = clamp(_bounded(network, wanted, most))
     notes = tuple(
         f"rank {bond} clamped from {asked} to {got}, the largest useful"
         for bond, asked, got in zip(bonds, wanted, clamped.ranks, strict=True)
@@ -107,12 +111,18 @@ def clamp(network: Network) -> Network:
         network = network.with_ranks(ranks)  # which may lower the limits of others
 
 
-def _largest_within(network: Network, fraction: float, dense_parameters: int, what: str) -> Network:
+def _bounded(network: Network, ranks: Sequence[int], most: Sequence[int] | None) -> Network:
+    return network.with_ranks(ranks if most is None else [min(pair) for pair in zip(ranks, most, strict=True)])
+
+
+def _largest_within(
+    network: Network, fraction: float, dense_parameters: int, what: str, most: Sequence[int] | None
+) -> Network:
     budget = math.floor(fraction * dense_parameters)
     count = len(network.bonds)
 
     def uniform(rank: int) -> Network:
-        return clamp(network.with_ranks([rank] * count))
+        return clamp(_bounded(network, [rank] * count, most))
 
     smallest = uniform(1)
     if smallest.num_parameters > budget:
@@ -137,6 +147,6 @@ def _largest_within(network: Network, fraction: float, dense_parameters: int, wh
             if raised and len(group) == 2:
                 break  # pairs, of ranks that limit each other, only where no single rank can be raised
             larger = best.with_ranks([best.size[name] + (name in group) for name in best.bonds])
-            if larger.num_parameters <= budget and clamp(larger) == larger:
+            if larger.num_parameters <= budget and clamp(_bounded(larger, larger.ranks, most)) == larger:
                 best, raised = larger, True
     return best

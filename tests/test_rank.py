@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tensorlayers import testing
 from tensorlayers.errors import RankError
 from tensorlayers.formats import CP, TT, LowRank, Tucker, available
+from tensorlayers.network import linear_axes
 from tensorlayers.rank import clamp, resolve, validate
 
 FORMATS = [pytest.param(cls, id=name) for name, cls in available().items()]
@@ -147,7 +148,7 @@ def test_an_int_is_one_rank_for_every_bond(cls):
     ids=str,
 )
 def test_ranks_above_the_largest_useful_are_clamped_and_noted(format, ranks, notes):
-    network, said = format.resolve(12, 10)
+    network, said = format.resolve(linear_axes(12, 10))
     assert network.ranks == ranks
     assert len(said) == len(notes)
     assert all(line.startswith(start) for line, start in zip(said, notes))
@@ -161,7 +162,7 @@ def test_any_excess_is_the_same_network(cls, order):
     assert clamp(largest) == largest
     assert make(cls, largest.ranks, order).network(36, 48) == largest
     assert make(cls, tuple(rank + 1 for rank in largest.ranks), order).network(36, 48) == largest
-    assert make(cls, largest.ranks, order).resolve(36, 48)[1] == ()
+    assert make(cls, largest.ranks, order).resolve(linear_axes(36, 48))[1] == ()
 
 
 @pytest.mark.parametrize("cls", FORMATS)
@@ -171,7 +172,7 @@ def test_clamping_loses_nothing(cls):
     for excessive in bonds:
         ranks = tuple(300 if bond == excessive else 2 for bond in bonds)
         format = cls(ranks, out_modes=OUTS, in_modes=INS)
-        network, notes = format.resolve(24, 18)
+        network, notes = format.resolve(linear_axes(24, 18))
         assert len(notes) == 1
         assert f"rank {excessive} clamped from 300 to {network.size[excessive]}," in notes[0]
         unclamped = network.with_ranks(ranks)
@@ -183,7 +184,7 @@ def test_clamping_loses_nothing(cls):
 @given(layers(), st.integers(1, 40))
 def test_clamping_leaves_no_rank_above_its_limit(layer, rank):
     format, out, columns = layer
-    network, notes = format(rank).resolve(out, columns)
+    network, notes = format(rank).resolve(linear_axes(out, columns))
     assert all(1 <= size <= network.rank_limit(bond) for bond, size in zip(network.bonds, network.ranks, strict=True))
     assert len(notes) == sum(size < rank for size in network.ranks)
     # The largest such: no rank that was clamped can be raised.
@@ -202,7 +203,7 @@ def test_a_fraction_is_the_largest_network_not_above_it(layer, fraction):
         with pytest.raises(RankError, match=r"the smallest .* network of this shape \(all ranks 1\)"):
             format(fraction).network(out, columns)
         return
-    network, notes = format(fraction).resolve(out, columns)
+    network, notes = format(fraction).resolve(linear_axes(out, columns))
     assert notes == ()
     assert network.num_parameters <= budget
     for bond in network.bonds:

@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .. import contraction, tensorize
-from ..cost import Cost
 from ..errors import ConversionError, NetworkError, ReadOnlyWeightError
 from ..formats import Format, from_dict
 from ..network import Axis, Network, modes_by_axis
 from ..precision import DTYPES, without_autocast
+from ..rank import Rank
+from . import draw, resize
+from .kind import LayerKind
 from .weight import _WRITE, DenseWeight
 
 if TYPE_CHECKING:
     from typing import Self
-
-Settings = dict[str, Any]
-"""The arguments that torch's own layer is built with, as plain data: all but device and dtype."""
-
-
-def check_sizes(**sizes: Any) -> None:
-    """Raise `NetworkError` where a size is no integer of at least 1, naming it."""
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise NetworkError(f"{name}: an integer of at least 1; got {size!r}")
 
 
 class Cores(nn.ParameterList):
@@ -45,7 +37,7 @@ class Cores(nn.ParameterList):
         return self
 
 
-class FactorizedLayer(nn.Module, ABC):
+class FactorizedLayer(nn.Module, LayerKind):
     """Base of the factorized layers.
 
     A layer kind says which axes its dense weight has, how torch stores it, and how it acts on an input.
@@ -66,11 +58,6 @@ class FactorizedLayer(nn.Module, ABC):
         Of a jointly factorized layer, the number of layers that share the cores, and the position of this one.
     """
 
-    kind: ClassVar[str]
-    """The layer kind in plans and files."""
-    dense_types: ClassVar[tuple[type[nn.Module], ...]]
-    """The layers of torch that this kind can replace."""
-
     format: Format
     network: Network
     cores: nn.ParameterList
@@ -80,93 +67,7 @@ class FactorizedLayer(nn.Module, ABC):
     source: str
     """The dense kind that this layer stands for."""
     stack: tuple[int, int] | None
-
-    # -- what a layer kind says -------------------------------------------------------------------------------------
-
-    @classmethod
-    @abstractmethod
-    def settings_of(cls, module: nn.Module) -> Settings:
-        """The settings of a dense (or factorized) layer."""
-
-    @classmethod
-    @abstractmethod
-    def axes_of(cls, settings: Mapping[str, Any]) -> tuple[Axis, ...]:
-        """The axes of the dense weight of a layer with these settings."""
-
-    @classmethod
-    @abstractmethod
-    def shape_of(cls, settings: Mapping[str, Any]) -> tuple[int, ...]:
-        """The shape of the dense weight as torch stores it."""
-
-    @classmethod
-    @abstractmethod
-    def dense_cost(cls, settings: Mapping[str, Any], rows: int) -> Cost:
-        """The cost of the dense layer on `rows` rows (the bias not counted)."""
-
-    @classmethod
-    @abstractmethod
-    def factorized_cost(cls, network: Network, settings: Mapping[str, Any], rows: int) -> Cost:
-        """The cost of the factorized layer on `rows` rows (the bias not counted)."""
-
-    @classmethod
-    def read_settings(cls, data: Mapping[str, Any]) -> Settings:
-        """Settings from plain data, as torch's own layer understands them.
-
-        Raises
-        ------
-        NetworkError
-            Where torch's layer refuses them.
-        """
-        try:
-            return cls.settings_of(cls.dense_types[0](**data, device="meta"))
-        except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, OverflowError) as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise NetworkError(f"{cls.dense_types[0].__name__} cannot be built: {reason}") from None
-
-    @classmethod
-    def arranged(cls, network: Network) -> Network:
-        """The network with the axes of its cores in the order that this kind reads fastest."""
-        return network
-
-    @classmethod
-    def matches(cls, module: nn.Module) -> str | None:
-        """The name of the dense kind that this layer can replace, or None."""
-        for dense in cls.dense_types:
-            if isinstance(module, dense):
-                return dense.__name__
-        return None
-
-    @classmethod
-    def refusal(cls, module: nn.Module) -> str:
-        """Why this dense layer cannot be replaced, of all that depends on its settings; empty where it can."""
-        return ""
-
-    @classmethod
-    def weight_of(cls, module: nn.Module) -> Tensor:
-        """The weight of a dense layer, of shape `shape_of`."""
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    @classmethod
-    def to_axes(cls, weight: Tensor, settings: Mapping[str, Any]) -> Tensor:
-        """The dense weight as torch stores it, with one dimension an axis."""
-        return weight
-
-    @classmethod
-    def from_axes(cls, weight: Tensor, settings: Mapping[str, Any]) -> Tensor:
-        """The inverse of `to_axes`."""
-        return weight
-
-    @property
-    def deviation(self) -> float:
-        """The standard deviation that torch draws the dense weight with."""
-        return 1 / math.sqrt(3 * self.fan_in)
-
-    @property
-    @abstractmethod
-    def fan_in(self) -> int:
-        """Inputs to one output; what torch takes the bound of the bias from, ``1 / sqrt(fan_in)``."""
+    _rank_dropout: float = 0.0
 
     # -- construction -----------------------------------------------------------------------------------------------
 
@@ -194,7 +95,7 @@ class FactorizedLayer(nn.Module, ABC):
     def _register(
         self,
         format: Format,
-        bias: int | None,
+        bias: int | tuple[int, ...] | None,
         device: Any,
         dtype: torch.dtype | None,
         stack: tuple[int, int] | None,
@@ -206,9 +107,11 @@ class FactorizedLayer(nn.Module, ABC):
             raise NetworkError(f"dtype: one of {', '.join(str(known) for known in DTYPES)}; got {dtype}")
         if stack is not None and not 0 <= stack[1] < stack[0]:
             raise NetworkError(f"stack {stack}: (layers, position), the position below the number of layers")
-        self.register_parameter(
-            "bias", None if bias is None else nn.Parameter(torch.empty(bias, device=device, dtype=dtype))
-        )
+        if bias is None:
+            self.register_parameter("bias", None)
+        else:
+            shape = bias if isinstance(bias, tuple) else (bias,)
+            self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         settings = self.settings_of(self)
         self.format, self.error, self.stack = format, None, stack
         self.axes = self.axes_of(settings)
@@ -223,6 +126,7 @@ class FactorizedLayer(nn.Module, ABC):
         self.network = network
         # What this layer computes with: a slice, where the cores are shared.
         self.own_network = network.without(network.names("stack"))
+        self._masks = tuple(self._mask(index) for index in self.droppable if self.own_network.size[index] > 1)
 
     @classmethod
     def from_dense(cls, module: nn.Module, format: Format) -> Self:
@@ -349,8 +253,106 @@ class FactorizedLayer(nn.Module, ABC):
         ]
 
     def active_cores(self) -> list[Tensor]:
-        """The cores that a forward multiplies with."""
-        return self.own_cores()
+        """The cores that a forward multiplies with: `own_cores`, under rank dropout in training mode."""
+        cores = self.own_cores()
+        if not self.training or not self.rank_dropout:
+            return cores
+        for k, shape in self._masks:
+            kept = torch.rand(math.prod(shape), device=cores[k].device, dtype=torch.float32) >= self.rank_dropout
+            cores[k] = cores[k] * (kept.to(cores[k].dtype) / (1 - self.rank_dropout)).reshape(shape)
+        return cores
+
+    def _mask(self, index: str) -> tuple[int, tuple[int, ...]]:
+        """The smallest core that carries an index, and the shape that broadcasts a mask of the index over it."""
+        own = self.own_network
+        carriers = [k for k, names in enumerate(own.cores) if index in names]
+        k = min(carriers, key=lambda k: math.prod(own.core_shapes[k]))
+        return k, tuple(own.size[index] if name == index else 1 for name in own.cores[k])
+
+    @property
+    def droppable(self) -> tuple[str, ...]:
+        """The indices that `rank_dropout` acts on: the bonds."""
+        return self.own_network.bonds
+
+    @property
+    def rank_dropout(self) -> float:
+        """The probability that a value of a bond is left out of a forward, in training mode; 0.0 by default.
+
+        The others are scaled so that the expected weight is the weight. Each bond is drawn for itself, once for all
+        rows; a bond of a single value is never dropped. See `tensorlayers.rank_dropout`.
+        """
+        return self._rank_dropout
+
+    @rank_dropout.setter
+    def rank_dropout(self, p: float) -> None:
+        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
+            raise NetworkError(f"rank_dropout: a probability of at least 0 and below 1; got {p!r}")
+        self._rank_dropout = float(p)
+
+    # -- smaller ranks ----------------------------------------------------------------------------------------------
+
+    def truncate(self, rank: Rank, optimizer: Optimizer | None = None) -> Self:
+        """Lower the ranks in place, near the best that cores of this size can do; the dense weight is never formed.
+
+        Parameters
+        ----------
+        rank : int, float or tuple of int
+            As of a `Format`: one rank for all bonds, a fraction of the dense weight's parameters, or one rank a bond.
+            Ranks above the present ones leave those as they are.
+        optimizer : torch.optim.Optimizer, optional
+            What trains the layer. Its state of the parameters that change is dropped, and starts anew.
+
+        Returns
+        -------
+        FactorizedLayer
+            This layer. Its parameters are the same objects; those that shrink lose their ``grad``, a core none of
+            whose ranks changed is left untouched. `format` states the new ranks; `error` is None.
+
+        Raises
+        ------
+        RankError
+            If a rank is below 1, of a wrong length, or a fraction that cannot be reached.
+        NetworkError
+            If other layers share the cores: see `tensorlayers.truncate`.
+        DecompositionError
+            If an entry of a core is NaN or infinite.
+
+        Notes
+        -----
+        See `rounding.round_network` for the algorithm. A bond on more than two cores (CP) or on a loop has no
+        optimal cut: there the cores that carry it are fitted to the larger network by alternating least squares.
+        Padding counts as weight. Under DistributedDataParallel wrap the model again: its buckets have the old sizes.
+        """
+        resize.refuse_shared(self, "truncate")
+        resize.shrink([self], resize.rounded(self, rank), optimizer)
+        return self
+
+    def select(self, positions: Mapping[str, Sequence[int]], optimizer: Optimizer | None = None) -> Self:
+        """Keep some values of the bonds, in place: the slices of the cores that remain are the same bit for bit.
+
+        Where a bond is then larger than is useful beside the others, it is rounded to that, which changes the weight
+        by rounding errors only.
+
+        Parameters
+        ----------
+        positions : mapping
+            Bond -> the positions to keep, ascending, at least one. A bond that is not named keeps all.
+        optimizer : torch.optim.Optimizer, optional
+            Its state is cut in the same way.
+
+        Returns
+        -------
+        FactorizedLayer
+            This layer, as by `truncate`.
+
+        Raises
+        ------
+        RankError, NetworkError
+            If a position is out of range, a bond is unknown, or other layers share the cores.
+        """
+        resize.refuse_shared(self, "prune_ranks")
+        resize.shrink([self], resize.selected(self, positions), optimizer)
+        return self
 
     # -- values -----------------------------------------------------------------------------------------------------
 
@@ -361,36 +363,15 @@ class FactorizedLayer(nn.Module, ABC):
         """
         if self.cores[0].is_meta:
             return
-        std = self.network.core_std(self.deviation)
-        # Drawn in float32 at least: the deviation is measured on the draw before it is rounded.
-        wide = torch.float64 if self.cores[0].dtype == torch.float64 else torch.float32
         with torch.no_grad(), without_autocast(self.cores[0]):
-            bound = math.sqrt(3) * std
-            drawn = [
-                torch.empty(core.shape, dtype=wide, device=core.device).uniform_(-bound, bound) for core in self.cores
-            ]
-            factor = (self.deviation / self._deviation(drawn)) ** (1 / len(drawn))
+            count = self.dense_parameters * (self.stack[0] if self.stack else 1)
+            drawn = draw.cores(self.network, list(self.cores), self.deviation, list(self.boxes()), count)
             for core, values in zip(self.cores, drawn, strict=True):
-                core.copy_(values * factor)
+                core.copy_(values)
             if self.bias is not None:
                 bound = 1 / math.sqrt(self.fan_in)
                 self.bias.uniform_(-bound, bound)
         self.error = None
-
-    def _deviation(self, cores: Sequence[Tensor]) -> Tensor:
-        """The standard deviation of the dense weight of these cores, without building it (0-d; nothing is read)."""
-        squares = entries = cores[0].new_zeros(())
-        for box in self.boxes():
-            cut = [
-                core[tuple(box.get(index, slice(None)) for index in names)]
-                for names, core in zip(self.network.cores, cores, strict=True)
-            ]
-            squares = squares + contraction.squared_norm(self.network, cut)
-            entries = entries + contraction.total(self.network, cut)
-        count = self.dense_parameters * (self.stack[0] if self.stack else 1)
-        variance = (squares - entries**2 / count) / max(count - 1, 1)
-        # A draw that is constant has no deviation to scale; its size is what there is.
-        return torch.where(variance > 1e-6 * squares / count, variance, squares / count).sqrt()
 
     def boxes(self) -> Iterator[dict[str, slice]]:
         """Slices of the modes that together cover the dense weight without its padding, each entry once."""
@@ -410,6 +391,7 @@ class FactorizedLayer(nn.Module, ABC):
             "settings": self.settings_of(self),
             "source": self.source,
             "stack": self.stack,
+            "rank_dropout": self.rank_dropout,
             "format": self.format.pin(self.network).to_dict(),
         }
 
@@ -417,13 +399,16 @@ class FactorizedLayer(nn.Module, ABC):
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """A layer on the meta device, as `config` described it."""
         stack = config.get("stack")
+        if stack is not None and not (isinstance(stack, (list, tuple)) and [type(n) for n in stack] == [int, int]):
+            raise NetworkError(f"stack: two integers (layers, position) or null; got {stack!r}")
         layer = cls(
             **config["settings"],
             device="meta",
             format=from_dict(config["format"]),
-            stack=None if stack is None else (int(stack[0]), int(stack[1])),
+            stack=stack and (stack[0], stack[1]),
         )
         layer.source = str(config["source"])
+        layer.rank_dropout = config.get("rank_dropout", 0.0)
         return layer
 
     @property
