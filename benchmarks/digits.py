@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections import OrderedDict
@@ -23,15 +20,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import write
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from tensorlayers import CP, TT, Format, LowRank, Tucker, convert_model, plan_conversion  # noqa: E402
+from tensorlayers import CP, TT, Format, LowRank, Tucker, convert_model, plan_conversion
 
 SHARE = 0.25
 BATCH = 64
@@ -206,16 +201,8 @@ def main() -> None:
         quality = f"{row['accuracy']:.2f} +- {row['deviation']:.2f}   {row['against_dense']:+.2f}"
         print(f"{row['model']:36} {size}  {quality}    {row['training_seconds']:5.1f} s   {row['latency']:.2f}")
     if arguments.out:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-        about = {
-            "commit": head.stdout.strip(),
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-            **{name: getattr(arguments, name) for name in ("folds", "seeds", "epochs", "rate")},
-        }
-        text = json.dumps({**about, "rows": table}, indent=1)
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+        settings = {name: getattr(arguments, name) for name in ("folds", "seeds", "epochs", "rate")}
+        write(arguments.out, **settings, rows=table)
 
 
 if __name__ == "__main__":

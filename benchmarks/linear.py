@@ -9,24 +9,18 @@ the same run, so that they hold on a noisy machine. tensorly-torch, where it is 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import forward, training, write
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from tensorlayers import BTT, CP, TT, FactorizedLinear, LowRank, Tucker, __version__  # noqa: E402
-from tensorlayers.evaluate import latency  # noqa: E402
-from tensorlayers.testing import assert_close  # noqa: E402
+from tensorlayers import BTT, CP, TT, FactorizedLinear, LowRank, Tucker
+from tensorlayers.evaluate import latency
+from tensorlayers.testing import assert_close
 
 CASES = [(768, 3072, 1024), (768, 3072, 1), (1024, 4096, 1024), (16, 10, 4)]
 
@@ -70,27 +64,8 @@ def dense_flops(in_features: int, out_features: int, rows: int, layer: nn.Module
     """Factorized FLOPs / dense FLOPs of one of our layers."""
     if not isinstance(layer, FactorizedLinear):
         return None
-    dense, factorized = layer.costs(layer.network, layer.weight_shape, rows)
-    return factorized.flops / dense.flops
-
-
-def forward(layer: nn.Module, x: torch.Tensor) -> Callable[[], object]:
-    def run() -> object:
-        with torch.inference_mode():
-            return layer(x)
-
-    return run
-
-
-def training(layer: nn.Module, x: torch.Tensor) -> Callable[[], object]:
-    x = x.clone().requires_grad_()
-
-    def run() -> object:
-        layer.zero_grad()
-        x.grad = None
-        return layer(x).sum().backward()
-
-    return run
+    settings = layer.settings_of(layer)
+    return layer.factorized_cost(layer.network, settings, rows).flops / layer.dense_cost(settings, rows).flops
 
 
 def measure(in_features: int, out_features: int, rows: int, repeats: int) -> list[dict[str, Any]]:
@@ -136,14 +111,7 @@ def main() -> None:
                 f"{row['forward_of_dense']:9.2f}x{row['training_of_dense']:9.2f}x"
             )
     if arguments.out:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-        data = {
-            "commit": commit.stdout.strip() or "unknown",
-            "versions": {"tensorlayers": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            "threads": torch.get_num_threads(),
-            "rows": table,
-        }
-        arguments.out.write_text(json.dumps(data, indent=1), encoding="utf-8")
+        write(arguments.out, rows=table)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,24 @@ from .errors import (  # noqa: E402
     TensorlayersError,
 )
 from .formats import BTT, CP, TT, Format, LowRank, Tucker  # noqa: E402
-from .layers import FactorizedLinear  # noqa: E402
+from .interop import from_tltorch, load_tltorch_state  # noqa: E402
+from .layers import (  # noqa: E402
+    FactorizedConv1d,
+    FactorizedConv2d,
+    FactorizedConv3d,
+    FactorizedConvTranspose1d,
+    FactorizedConvTranspose2d,
+    FactorizedConvTranspose3d,
+    FactorizedEmbedding,
+    FactorizedEmbeddingBag,
+    FactorizedLinear,
+    TensorContraction,
+    TensorLinear,
+    TensorRegression,
+)
 from .network import Mode, Network  # noqa: E402
 from .plan import ConversionPlan  # noqa: E402
+from .regularize import prune_ranks, rank_dropout, rank_penalty, truncate  # noqa: E402
 from .serialize import load_pretrained, save_pretrained  # noqa: E402
 
 __all__ = [
@@ -37,6 +52,14 @@ __all__ = [
     "ConversionError",
     "ConversionPlan",
     "DecompositionError",
+    "FactorizedConv1d",
+    "FactorizedConv2d",
+    "FactorizedConv3d",
+    "FactorizedConvTranspose1d",
+    "FactorizedConvTranspose2d",
+    "FactorizedConvTranspose3d",
+    "FactorizedEmbedding",
+    "FactorizedEmbeddingBag",
     "FactorizedLinear",
     "Format",
     "FormatError",
@@ -48,13 +71,22 @@ __all__ = [
     "NetworkError",
     "RankError",
     "ReadOnlyWeightError",
+    "TensorContraction",
+    "TensorLinear",
+    "TensorRegression",
     "TensorlayersError",
     "Tucker",
     "convert_model",
+    "from_tltorch",
     "load_pretrained",
+    "load_tltorch_state",
     "plan_conversion",
+    "prune_ranks",
+    "rank_dropout",
+    "rank_penalty",
     "save_pretrained",
     "summarize",
     "to_dense",
+    "truncate",
     "use_kernels",
 ]

@@ -6,13 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from . import __version__, demo, evaluate, hub
 from .convert import convert_model, plan_conversion
 from .errors import TensorlayersError
 from .formats import Format, available, from_dict
 from .plan import ConversionPlan
-from .scan import Choice
 from .serialize import inspect, load_pretrained, read_index, save_pretrained
 
 _DESCRIPTION = """\
@@ -34,7 +34,7 @@ which format:
   tt, cp    50x to 1000x; at 2x to 16x they are slower than dense, and layers stay dense unless --force
 
 A layer that is predicted to become more than 5 % slower than dense, or to save nothing, stays dense; the plan says
-which and why."""
+which and why. Embeddings are converted only where --layers names them: they save memory, not time."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,8 +103,16 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
     )
     size.add_argument("--rank", type=_ranks, metavar="R[,R...]", help="one rank for all bonds, or one a bond")
     parser.add_argument("--order", type=int, metavar="N", help="modes a side (2, 3, 4; not for lowrank)")
+    parser.add_argument("--split", choices=["channel", "spatial"], help="how lowrank splits a convolution")
+    parser.add_argument("--spatial", action="store_true", help="tucker: factorize a kernel's dimensions too")
     parser.add_argument("--layers", metavar="REGEX", help="convert only layers whose whole name matches")
     parser.add_argument("--skip", metavar="REGEX", help="leave layers dense whose whole name matches")
+    parser.add_argument(
+        "--share", metavar="REGEX", help="factorize jointly the layers whose whole name matches, by captured text"
+    )
+    parser.add_argument(
+        "--fold", action="store_true", help="fold weight norm and the like, and convert these layers too"
+    )
     parser.add_argument("--force", action="store_true", help="convert also what becomes slower or larger")
 
 
@@ -116,23 +124,28 @@ def _ranks(text: str) -> int | tuple[int, ...]:
     return ranks[0] if len(ranks) == 1 else ranks
 
 
-def _choice(arguments: argparse.Namespace) -> Choice:
+def _choice(arguments: argparse.Namespace) -> dict[str, Any]:
     params = 0.5 if arguments.params is None else arguments.params
     options = {"name": arguments.format, "rank": params if arguments.rank is None else arguments.rank}
     if arguments.order is not None:
         options["order"] = arguments.order
+    if arguments.split is not None:
+        options["split"] = arguments.split
+    if arguments.spatial:
+        options["spatial"] = True
     format = from_dict(options)
     choice: dict[str, Format | None] = {}
     if arguments.skip:
         choice[f"re:{arguments.skip}"] = None
     choice[f"re:{arguments.layers}" if arguments.layers else "*"] = format
-    return choice
+    share = {f"re:{arguments.share}": format} if arguments.share else None
+    return {"formats": choice, "share": share, "force": arguments.force, "fold": arguments.fold}
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     choice = _choice(arguments)
     model = hub.load_model(arguments.model)
-    plan = plan_conversion(model, choice, force=arguments.force, errors=not arguments.no_errors)
+    plan = plan_conversion(model, **choice, errors=not arguments.no_errors)
     print(plan)
     _advise(plan)
     if arguments.json:
@@ -143,7 +156,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     choice = _choice(arguments)
     given = ConversionPlan.from_json(_read_text(arguments.plan)) if arguments.plan else None
     model = hub.load_model(arguments.model)
-    plan = given or plan_conversion(model, choice, force=arguments.force, errors=False)
+    plan = given or plan_conversion(model, **choice, errors=False)
     converted = convert_model(model, plan)
     save_pretrained(converted, arguments.out, source=str(arguments.model))
     print(plan.with_errors(converted))

@@ -342,7 +342,8 @@ def to_dense(network: Network, cores: Sequence[Tensor]) -> Tensor:
 
 def dense_weight(network: Network, cores: Sequence[Tensor], axes: Sequence[Axis]) -> Tensor:
     """The dense weight with its modes joined to axes, padding cut off; shape: the sizes of `axes`."""
-    joined = [math.prod(mode.size for mode in modes) for modes in modes_by_axis(axes, network)]
+    # Of a list: torch.compile does not trace the product of a generator.
+    joined = [math.prod([mode.size for mode in modes]) for modes in modes_by_axis(axes, network)]
     dense = to_dense(network, cores).reshape(joined)
     return dense[tuple(slice(axis.size) for axis in axes)].contiguous()
 

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
-from .cost import SLOWER
-from .errors import ConversionError, RankError, TensorlayersError
+from . import optimizer as optimizers
+from .decide import decide, entry_for
+from .errors import ConversionError, TensorlayersError
 from .formats import Format
-from .layers import FactorizedLayer, layer_type
+from .keys import Choice, Shares
+from .layers import FactorizedLayer, ProjectedAttention, layer_type
 from .plan import ConversionPlan, Entry, entry_of
-from .scan import Choice, Found, choose, module_names, scan
+from .scan import Found, in_order, module_names, scan
 from .surgery import swap
 
 
 def plan_conversion(
     model: nn.Module,
-    formats: Format | Choice,
+    formats: Format | Choice | None = None,
     *,
+    share: Shares | None = None,
     where: Callable[[str, nn.Module], bool] | None = None,
     force: bool = False,
+    fold: bool = False,
     errors: bool = True,
     progress: bool | None = None,
 ) -> ConversionPlan:
@@ -35,11 +40,19 @@ def plan_conversion(
     model : nn.Module
     formats : Format, or mapping of keys to Format or None
         One format for all layers; or keys, of which the first that matches wins: an exact name, ``re:`` and a
-        pattern that matches the whole name, and ``"*"`` for all others. None leaves a layer dense.
+        pattern that matches the whole name, and ``"*"`` for all others. None leaves a layer dense. Embeddings are
+        converted only where a key other than ``"*"`` names them, or by `force`.
+    share : mapping of patterns to Format
+        Layers to be factorized jointly, as one tensor with one more mode: they share the cores. A key is ``re:``
+        and a pattern; layers for which it captures the same text are a group, for instance one a block by
+        ``r"re:encoder\\.(\\d+)\\.(?:query|key)"``; without capturing parentheses all that match. Goes before `formats`.
     where : callable, optional
         (name, module) -> bool; layers for which it is false stay dense.
     force : bool
         Convert also the layers that this would make larger or slower.
+    fold : bool
+        Convert also layers whose weight is computed from other tensors (weight norm, spectral norm, pruning, any
+        parametrization): the weight as it is now is factorized, and the computation is gone.
     errors : bool
         Decompose each weight to state its relative error. Takes as long as the conversion.
     progress : bool, optional
@@ -52,33 +65,35 @@ def plan_conversion(
     Raises
     ------
     ConversionError
-        If a key matches nothing or a value is no format.
+        If a key matches nothing, a value is no format, or layers that are to share cores are not alike.
     RankError, ModeError, FormatError
         If a format named for a layer does not fit its shape.
     """
-    found = scan(model)
-    chosen = choose(formats, found, model)
-    entries = []
-    for layer in found:
-        exact = isinstance(formats, Mapping) and any(name in formats for name in (layer.name, *layer.aliases))
-        entries.append(_decide(layer, chosen[layer.name], where, force, exact))
+    found = scan(model, fold)
+    entries = decide(found, model, formats, share or {}, where, force)
     if errors:
-        modules = {layer.name: layer.module for layer in found}
+        known = {layer.name: layer for layer in found}
+        meta = {layer.name for layer in found if any(p.is_meta for p in layer.module.parameters())}
         # The same random numbers as the conversion will draw, and none of the user's.
         with torch.random.fork_rng(devices=[]):
-            for position, entry in _bar(entries, progress):
-                if entry.converted and not any(p.is_meta for p in modules[entry.name].parameters()):
-                    entries[position] = replace(entry, error=_factorize(modules[entry.name], entry).error)
+            made = {}
+            for group in _together(entries, progress):
+                if meta.isdisjoint(entry.name for entry in group):
+                    made.update({e.name: m.error for e, m in zip(group, _factorize(group, known), strict=True)})
+        entries = [replace(entry, error=made.get(entry.name)) for entry in entries]
     return ConversionPlan(entries, _parameters(model))
 
 
 def convert_model(
     model: nn.Module,
-    formats: Format | Choice | ConversionPlan,
+    formats: Format | Choice | ConversionPlan | None = None,
     *,
+    share: Shares | None = None,
     inplace: bool = False,
+    optimizer: Optimizer | None = None,
     where: Callable[[str, nn.Module], bool] | None = None,
     force: bool = False,
+    fold: bool = False,
     progress: bool | None = None,
 ) -> nn.Module:
     """Replace dense layers by factorized ones.
@@ -86,6 +101,9 @@ def convert_model(
     Tied weights stay tied (and dense); device, dtype, training mode, requires_grad, forward and backward hooks and
     a missing bias are kept. By default a layer stays dense where the cost model predicts more than 1.05 x its FLOPs,
     or where nothing would be saved; one warning says how many, and why.
+
+    The projections of an ``nn.MultiheadAttention`` are linear layers of their own, named ``q_proj``, ``k_proj``,
+    ``v_proj`` and ``out_proj``: where one of them is converted, a `ProjectedAttention` takes the module's place.
 
     Parameters
     ----------
@@ -97,8 +115,11 @@ def convert_model(
         weights that are replaced are not copied. A model that itself is a dense layer is never changed: use what
         is returned. Only the module tree is mended: what else holds a layer (a plain list, a bound method) keeps the
         dense one.
-    where, force, progress
-        See `plan_conversion`. With a plan, `where` and `force` are already decided.
+    optimizer : torch.optim.Optimizer, optional
+        What trains `model`. It is changed so that it trains the converted model: the cores take the places of their
+        weights in the parameter groups, without their moments; all else keeps its state.
+    share, where, force, fold, progress
+        See `plan_conversion`. With a plan, all but `progress` are already decided.
 
     Returns
     -------
@@ -107,30 +128,41 @@ def convert_model(
     Raises
     ------
     ConversionError
-        If the plan does not fit the model, or a weight cannot be decomposed; the model is then unchanged.
+        If the plan does not fit the model, a weight cannot be decomposed, or the optimizer is not the model's; model
+        and optimizer are then unchanged.
     RankError, ModeError, FormatError
         See `plan_conversion`.
     """
+    if optimizer is not None:
+        optimizers.check(optimizer, model)
     if isinstance(formats, ConversionPlan):
-        if where is not None or force:
-            raise ConversionError("convert_model: a plan is already decided; where and force go to plan_conversion")
+        if where is not None or force or share or fold:
+            raise ConversionError(
+                "convert_model: a plan is already decided; share, where, force and fold go to plan_conversion"
+            )
         plan = formats
     else:
-        plan = plan_conversion(model, formats, where=where, force=force, errors=False)
+        plan = plan_conversion(model, formats, share=share, where=where, force=force, fold=fold, errors=False)
         if plan.advice:
             warnings.warn(f"{plan.advice}. force=True converts them all the same", stacklevel=2)
         asked = [entry for entry in plan if entry.blocked and isinstance(formats, Mapping) and formats.get(entry.name)]
         for entry in asked:
             warnings.warn(f"layer {entry.name!r} stays dense: {entry.reason}", stacklevel=2)
-    found = {layer.name: layer for layer in scan(model)}
+    found = {layer.name: layer for layer in scan(model, fold=any(entry.fold for entry in plan))}
     for entry in plan:
         _check(entry, found)
-    entries = [entry for entry in plan if entry.converted]
     replacements: dict[int, tuple[nn.Module, nn.Module]] = {}
-    for _, entry in _bar(entries, progress):
-        module = found[entry.name].module
-        replacements[id(module)] = (module, _factorize(module, entry))
-    return swap(model, replacements, inplace)
+    unpacked: dict[int, tuple[nn.Module, nn.Module]] = {}
+    for group in _together(list(plan), progress):
+        for entry, layer in zip(group, _factorize(group, found), strict=True):
+            module = found[entry.name].module
+            replacements[id(module)] = (module, layer)
+            unpacked |= {id(attention): (attention, parts) for attention, parts in found[entry.name].unpacks}
+    before = optimizers.parameters_of(model)
+    result = swap(model, replacements, inplace, unpacked)
+    if optimizer is not None:
+        optimizers.mend(optimizer, before, result)
+    return result
 
 
 def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -145,10 +177,22 @@ def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Returns
     -------
     nn.Module
-        With layers of the kinds that were converted; outputs are the same up to rounding.
+        With layers of the kinds that were converted, attention packed again; outputs are the same up to rounding.
     """
-    layers = [module for module in model.modules() if isinstance(module, FactorizedLayer)]
-    return swap(model, {id(layer): (layer, layer.to_module()) for layer in layers}, inplace)
+    replacements: dict[int, tuple[nn.Module, nn.Module]] = {}
+    packed: dict[int, tuple[nn.Module, nn.Module]] = {}
+    for module in model.modules():
+        if isinstance(module, ProjectedAttention):
+            whole = module.pack()
+            packed[id(module)] = (module, whole)
+            out = module.out_proj
+            if isinstance(out, FactorizedLayer):  # once, where several attention modules share it
+                whole.out_proj = replacements.setdefault(id(out), (out, whole.out_proj))[1]  # type: ignore[assignment]
+    parents = [module for module in model.modules() if id(module) not in packed]
+    for module in (model, *(child for parent in parents for child in parent.children())):
+        if isinstance(module, FactorizedLayer) and id(module) not in replacements:
+            replacements[id(module)] = (module, module.to_module())
+    return swap(model, replacements, inplace, packed)
 
 
 def summarize(model: nn.Module) -> ConversionPlan:
@@ -161,80 +205,59 @@ def summarize(model: nn.Module) -> ConversionPlan:
     """
     entries: dict[str, Entry] = {}
     for layer in scan(model):
-        entries[layer.name] = _entry(layer).dense(layer.obstacle or "not converted", bool(layer.obstacle))
+        entries[layer.name] = entry_for(layer).dense(layer.obstacle or "not converted", bool(layer.obstacle))
     names = module_names(model)
+    sharing: dict[int, str] = {}
     total = _parameters(model)
     for name, module in model.named_modules():
         if isinstance(module, FactorizedLayer):
-            entries[name] = entry_of(name, module, tuple(names[id(module)][1:]))
-            total += module.dense_parameters - module.network.num_parameters
-    in_order = [entries[name] for name, _ in model.named_modules() if name in entries]
-    return ConversionPlan(in_order, total, "summary")
-
-
-def _entry(layer: Found) -> Entry:
-    return Entry(layer.name, layer.kind, layer.layer.kind, layer.settings, aliases=layer.aliases)
-
-
-def _decide(
-    layer: Found,
-    format: Format | str | None,
-    where: Callable[[str, nn.Module], bool] | None,
-    force: bool,
-    exact: bool,
-) -> Entry:
-    entry = _entry(layer)
-    if layer.obstacle:
-        return entry.dense(layer.obstacle, blocked=True)
-    if not isinstance(format, Format):
-        return entry.dense("asked to stay dense" if format is None else "no key matches")
-    if where is not None and not where(layer.name, layer.module):
-        return entry.dense("asked to stay dense")
-    try:
-        converted = entry.with_format(format)
-    except RankError as error:
-        # A fraction that one small layer cannot reach must not stop the whole model, unless that layer was named.
-        if not isinstance(format.rank, float) or exact or force:
-            raise type(error)(f"layer {layer.name!r}: {error}") from None
-        return entry.dense(f"nothing saved: {error}")
-    except TensorlayersError as error:
-        raise type(error)(f"layer {layer.name!r}: {error}") from None
-    before, after = converted.parameters
-    if after >= before and not force:
-        return entry.dense(f"nothing saved: {after / before:.2f} x the parameters")
-    dense, factorized = converted.macs
-    if factorized > SLOWER * dense and not force:
-        ratio = f"{factorized / dense:.2f} x the MACs" if dense else f"{factorized} MACs a row, dense has none"
-        return entry.dense(f"predicted slower: {ratio}")
-    return converted
+            share = sharing.setdefault(id(module.cores[0]), f"with {name}") if module.stack else ""
+            entries[name] = entry_of(name, module, tuple(names[id(module)][1:]), share)
+            before, after = entries[name].parameters
+            total += before - after
+    return ConversionPlan([entries[name] for name in in_order(model, entries)], total, "summary")
 
 
 def _check(entry: Entry, found: Mapping[str, Found]) -> None:
     layer = found.get(entry.name)
     if layer is None:
         raise ConversionError(f"plan: layer {entry.name!r} is not in this model, or not dense any more")
-    if entry.converted and layer.obstacle:
-        raise ConversionError(f"plan: layer {entry.name!r} cannot be converted: {layer.obstacle}")
-    model = _entry(layer)
+    obstacle = layer.obstacle
+    if layer.folded is not None and not entry.fold:
+        obstacle = "parametrized: its weight is computed from other tensors"
+    if entry.converted and obstacle:
+        raise ConversionError(f"plan: layer {entry.name!r} cannot be converted: {obstacle}")
+    model = entry_for(layer)
     if model.shape != entry.shape:
-        raise ConversionError(
-            f"plan: layer {entry.name!r} has shape {model.shape} in this model, {entry.shape} in the plan"
-        )
-    if model.settings != entry.settings:
-        differing = [
-            f"{key} {value!r} in this model, {entry.settings[key]!r} in the plan"
-            for key, value in model.settings.items()
-            if value != entry.settings[key]
-        ]
-        raise ConversionError(f"plan: layer {entry.name!r} has {differing[0]}")
+        shapes = f"{model.shape} in this model, {entry.shape} in the plan"
+        raise ConversionError(f"plan: layer {entry.name!r} has shape {shapes}")
+    for key, value in model.settings.items():
+        if value != entry.settings[key]:
+            values = f"{value!r} in this model, {entry.settings[key]!r} in the plan"
+            raise ConversionError(f"plan: layer {entry.name!r} has {key} {values}")
 
 
-def _factorize(module: nn.Module, entry: Entry) -> FactorizedLayer:
-    assert entry.format is not None
+def _together(entries: Sequence[Entry], progress: bool | None) -> Iterator[list[Entry]]:
+    """The entries that are converted, those that share cores as one list, under a progress bar."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.converted:
+            groups.setdefault(f"share {entry.share}" if entry.share else f"layer {entry.name}", []).append(entry)
+    for group in groups.values():
+        if [entry.stack for entry in group] != [(len(group), k) for k in range(len(group))] and group[0].share:
+            raise ConversionError(f"plan: share {group[0].share!r}: the layers of a stack are all there, in order")
+    yield from _bar(list(groups.values()), progress)
+
+
+def _factorize(group: Sequence[Entry], found: Mapping[str, Found]) -> list[FactorizedLayer]:
+    """The layers that replace those of one group, which share their cores where they are several."""
+    format = group[0].format
+    assert format is not None
+    modules = [found[entry.name].dense for entry in group]
     try:
-        return layer_type(entry.layer).from_dense(module, entry.format)
+        return list(layer_type(group[0].layer).from_dense_jointly(modules, format))
     except TensorlayersError as error:
-        raise ConversionError(f"layer {entry.name!r}: {error}") from error
+        raise ConversionError(f"layer {group[0].name!r}: {error}") from error
 
 
 def _parameters(model: nn.Module) -> int:
@@ -242,10 +265,10 @@ def _parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if not isinstance(p, uninitialized))
 
 
-def _bar(entries: list[Entry], progress: bool | None) -> Iterator[tuple[int, Entry]]:
-    """Enumerate entries under a bar that names the layer; shown on a terminal, once it takes over a second."""
-    bar = tqdm(list(enumerate(entries)), disable=None if progress is None else not progress, delay=1, unit="layer")
-    for position, entry in bar:
+def _bar(groups: list[list[Entry]], progress: bool | None) -> Iterator[list[Entry]]:
+    """Groups of entries under a bar that names the first layer; shown on a terminal, once it takes over a second."""
+    bar = tqdm(groups, disable=None if progress is None else not progress, delay=1, unit="layer")
+    for group in bar:
         # A refresh shows the bar whatever its delay.
-        bar.set_postfix_str(entry.name, refresh=not bar.disable and bar.format_dict["elapsed"] >= bar.delay)
-        yield position, entry
+        bar.set_postfix_str(group[0].name, refresh=not bar.disable and bar.format_dict["elapsed"] >= bar.delay)
+        yield group

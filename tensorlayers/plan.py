@@ -48,6 +48,8 @@ class Entry:
         Where the layer is factorized jointly with others: how many they are, and its position among them.
     share : str
         The name of that group of layers; empty where there is none.
+    fold : bool
+        Whether the layer's weight is computed (weight norm, ...) and folded to a plain one first.
     error : float or None
         Relative error of the weight, where it has been computed.
     reason : str
@@ -73,6 +75,7 @@ class Entry:
     aliases: tuple[str, ...] = ()
     stack: tuple[int, int] | None = None
     share: str = ""
+    fold: bool = False
 
     def __post_init__(self) -> None:
         if self.parameters == (0, 0) and self.settings:
@@ -339,6 +342,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "aliases": ("a list of strings", lambda v: isinstance(v, list) and all(isinstance(item, str) for item in v)),
     "stack": ("two counts or null", lambda v: v is None or (_is_counts(v, (2,)) and v[1] < v[0])),
     "share": ("a string", lambda v: isinstance(v, str)),
+    "fold": ("true or false", lambda v: isinstance(v, bool)),
 }
 _OPTIONAL: dict[str, Any] = {
     "error": None,
@@ -348,6 +352,7 @@ _OPTIONAL: dict[str, Any] = {
     "aliases": [],
     "stack": None,
     "share": "",
+    "fold": False,
 }
 
 
@@ -368,6 +373,7 @@ def _read_entry(item: Mapping[str, Any]) -> Entry:
             aliases=tuple(item["aliases"]),
             stack=None if item["stack"] is None else tuple(item["stack"]),
             share=item["share"],
+            fold=item["fold"],
         )
     except TensorlayersError as error:
         raise ConversionError(f"{where}: settings: {error}") from None

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from .errors import ConversionError
-from .formats import Format
-from .layers import FactorizedLayer, Settings, layer_types
+from .fold import folded
+from .layers import PROJECTIONS, FactorizedLayer, FactorizedLinear, ProjectedAttention, Settings, layer_types
 from .precision import DTYPES
 from .surgery import overlapping
 
-Choice = Mapping[str, "Format | None"]
+_Attention = tuple[nn.MultiheadAttention, "ProjectedAttention | None", str]
+
+_ATTENTION = "nn.MultiheadAttention reads its weight itself"
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,17 @@ class Found:
         Its first name in the model; `aliases` are the others, where the module is shared.
     aliases : tuple of str
     module : nn.Module
+        Of a projection of attention a linear layer that shares the memory of the packed weight.
     kind : str
         The dense kind.
     layer : type
         The factorized layer that can replace it.
     obstacle : str
         Why it must stay dense all the same; empty if nothing does.
+    folded : nn.Module or None
+        Where the layer's weight is computed (weight norm, ...), the plain layer with that weight.
+    unpacks : tuple of (nn.MultiheadAttention, ProjectedAttention)
+        The attention modules that this layer is a projection of, with what takes their place where it is converted.
     """
 
     name: str
@@ -43,6 +49,13 @@ class Found:
     kind: str
     layer: type[FactorizedLayer]
     obstacle: str
+    unpacks: tuple[tuple[nn.MultiheadAttention, ProjectedAttention], ...] = ()
+    folded: nn.Module | None = None
+
+    @property
+    def dense(self) -> nn.Module:
+        """The plain layer whose weight is factorized."""
+        return self.folded or self.module
 
     @property
     def settings(self) -> Settings:
@@ -61,23 +74,79 @@ def module_names(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def scan(model: nn.Module) -> list[Found]:
-    """List the layers of a model that are of a kind that can be factorized, in the order of its modules."""
+def scan(model: nn.Module, fold: bool = False) -> list[Found]:
+    """List the layers of a model that are of a kind that can be factorized, in the order of its modules.
+
+    The projections of an ``nn.MultiheadAttention`` are listed as the linear layers that they are. With `fold`, a
+    layer whose weight is computed (weight norm, ...) is no obstacle: it is folded to a plain one.
+    """
     names = module_names(model)
     tied = _tied(model)
-    read_by_torch = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    found = []
+    attention: dict[int, _Attention] = {}
     for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            obstacle = _attention_obstacle(name, module, tied)
+            parts = None if obstacle else ProjectedAttention.unpack(module, copy_weights=False)
+            attention[id(module)] = module, parts, obstacle
+    found: list[Found] = []
+    for name, module in model.named_modules():
+        if id(module) in attention:
+            found += _projections(names[id(module)], *attention[id(module)])
         for layer in layer_types():
-            kind = layer.matches(module) or _quantized_kind(module)
+            kind = layer.matches(module) or (_quantized_kind(module) if layer is FactorizedLinear else None)
             if kind is None:
                 continue
             obstacle = _obstacle(name, module, layer, tied)
-            if id(module) in read_by_torch:
-                obstacle = obstacle or "nn.MultiheadAttention reads its weight itself"
-            found.append(Found(name, tuple(names[id(module)][1:]), module, kind, layer, obstacle))
+            plain = folded(module) if fold and obstacle else None
+            if plain is not None:
+                obstacle = _obstacle(name, plain, layer, tied)
+            users = [user for user in attention.values() if user[0].out_proj is module]
+            obstacle = obstacle or next((reason for _, _, reason in users if reason), "")
+            unpacks = tuple((source, parts) for source, parts, _ in users if parts is not None)
+            found.append(Found(name, tuple(names[id(module)][1:]), module, kind, layer, obstacle, unpacks, plain))
             break
     return found
+
+
+def in_order(model: nn.Module, names: Collection[str]) -> list[str]:
+    """Names of layers in the order of the model's modules; those of packed projections stand at their attention's."""
+    position = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    return sorted(names, key=lambda name: position.get(name, position.get(name.rpartition(".")[0], 0)))
+
+
+def _projections(
+    names: list[str], module: nn.MultiheadAttention, parts: ProjectedAttention | None, obstacle: str
+) -> Iterator[Found]:
+    """The projections that an attention module holds as packed tensors."""
+    if type(module) is not nn.MultiheadAttention and not parametrize.is_parametrized(module):
+        return  # a subclass may hold them otherwise
+    for part, features in zip(PROJECTIONS, (module.embed_dim, module.kdim, module.vdim), strict=True):
+        name, *aliases = (f"{name}.{part}" if name else part for name in names)
+        has_bias = module.in_proj_bias is not None
+        linear = getattr(parts, part) if parts else nn.Linear(features, module.embed_dim, has_bias, device="meta")
+        unpacks = ((module, parts),) if parts else ()
+        yield Found(name, tuple(aliases), linear, "Linear", FactorizedLinear, obstacle, unpacks)
+
+
+def _attention_obstacle(name: str, module: nn.MultiheadAttention, tied: Mapping[int, list[str]]) -> str:
+    """Why an attention module must not be taken apart."""
+    if parametrize.is_parametrized(module):
+        return "parametrized: its weight is computed from other tensors"
+    if type(module) is not nn.MultiheadAttention:
+        return _ATTENTION
+    keys = ["in_proj_weight"] if module._qkv_same_embed_dim else [f"{part}_weight" for part in PROJECTIONS]
+    keys += [key for key in ("in_proj_bias", "bias_k", "bias_v") if getattr(module, key) is not None]
+    if any(module._parameters.get(key) is None for key in keys):
+        return "parametrized: its weight is computed from other tensors"
+    others = sorted({key for key, value in module._parameters.items() if value is not None}.difference(keys))
+    others += sorted({*module._buffers, *module._modules} - {"out_proj"})
+    if others:
+        return f"parametrized: it has {', '.join(others)}"
+    if "forward" in module.__dict__:
+        return "parametrized: MultiheadAttention replaces the forward"
+    if not isinstance(module.out_proj, nn.Linear):
+        return f"parametrized: its out_proj is a {type(module.out_proj).__name__}"
+    return _parameters_obstacle(name, module, [key for key in keys if key.startswith(("in_", "q_", "k_", "v_"))], tied)
 
 
 def _obstacle(name: str, module: nn.Module, layer: type[FactorizedLayer], tied: Mapping[int, list[str]]) -> str:
@@ -90,20 +159,31 @@ def _obstacle(name: str, module: nn.Module, layer: type[FactorizedLayer], tied: 
     others = sorted(({*module._parameters} - {"weight", "bias"}) | {*module._buffers})
     if others:
         return f"parametrized: it has {', '.join(others)}"
-    weight = module._parameters["weight"]
-    if weight is None or weight.dtype not in DTYPES or type(weight.data) is not Tensor:
-        return "quantized: its weight is no plain tensor of 16 to 64 floating-point bits"
-    if not weight.numel():
-        return "nothing saved: it has no weights"
-    for key, parameter in module._parameters.items():
-        if id(parameter) in tied:
-            own_name = f"{name}.{key}" if name else key
-            return f"tied with {', '.join(other for other in tied[id(parameter)] if other != own_name)}"
+    obstacle = _parameters_obstacle(
+        name, module, ["weight", *(key for key in module._parameters if key != "weight")], tied
+    )
+    if obstacle:
+        return obstacle
     own = type(module).forward
     replaced = any(isinstance(module, dense) and own is not dense.forward for dense in layer.dense_types)
     if "forward" in module.__dict__ or replaced:
         return f"parametrized: {type(module).__name__} replaces the forward"
     return layer.refusal(module)
+
+
+def _parameters_obstacle(name: str, module: nn.Module, keys: list[str], tied: Mapping[int, list[str]]) -> str:
+    """What stands in the way in the parameters of these keys, the first of which is a weight."""
+    weight = module._parameters[keys[0]]
+    if weight is None or weight.dtype not in DTYPES or type(weight.data) is not Tensor:
+        return "quantized: its weight is no plain tensor of 16 to 64 floating-point bits"
+    if not weight.numel():
+        return "nothing saved: it has no weights"
+    for key in keys:
+        parameter = module._parameters[key]
+        if id(parameter) in tied:
+            own_name = f"{name}.{key}" if name else key
+            return f"tied with {', '.join(other for other in tied[id(parameter)] if other != own_name)}"
+    return ""
 
 
 def _quantized_kind(module: nn.Module) -> str | None:
@@ -129,54 +209,3 @@ def _tied(model: nn.Module) -> dict[int, list[str]]:
         for parameter in (first, second):
             tied[id(parameter)] = list(dict.fromkeys(tied.get(id(parameter), []) + names))
     return tied
-
-
-def choose(formats: Format | Choice, found: list[Found], model: nn.Module) -> dict[str, Format | str | None]:
-    """Which format each layer gets: the first matching key of a mapping, ``"*"`` last; ``""`` where none matches.
-
-    Parameters
-    ----------
-    formats : Format, or mapping
-        Keys: an exact name, ``re:`` and a pattern that matches the whole name, or ``"*"``. Values: a format, or
-        None to leave the layer dense.
-
-    Raises
-    ------
-    ConversionError
-        If a key matches no layer, a pattern is no regular expression, or a value is no format.
-    """
-    if isinstance(formats, Format):
-        formats = {"*": formats}
-    if not isinstance(formats, Mapping) or not formats:
-        raise ConversionError(
-            f"formats: a format such as LowRank(0.5), or a mapping of names to those; got {formats!r}"
-        )
-    for key, value in formats.items():
-        if not isinstance(key, str) or not (value is None or isinstance(value, Format)):
-            raise ConversionError(f"formats[{key!r}]: a string key, and a format or None; got {value!r}")
-    keys = sorted(formats, key=lambda key: key == "*")
-    used = {key: key == "*" for key in keys}
-    chosen: dict[str, Format | str | None] = {}
-    for layer in found:
-        chosen[layer.name] = ""
-        hits = [key for key in keys if any(_key_matches(key, name) for name in (layer.name, *layer.aliases))]
-        used.update(dict.fromkeys(hits, True))
-        if hits:
-            chosen[layer.name] = formats[hits[0]]
-    for key in keys:
-        if not used[key]:
-            modules = dict(model.named_modules(remove_duplicate=False))
-            kind = f": {key!r} is a {type(modules[key]).__name__}" if key in modules else ""
-            raise ConversionError(f"formats[{key!r}]: a key matches at least one layer that can be factorized{kind}")
-    return chosen
-
-
-def _key_matches(key: str, name: str) -> bool:
-    if key == "*":
-        return True
-    if not key.startswith("re:"):
-        return key == name
-    try:
-        return re.fullmatch(key[3:], name) is not None
-    except re.error as error:
-        raise ConversionError(f"formats[{key!r}]: not a regular expression: {error}") from None

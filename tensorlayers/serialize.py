@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import hub
 from .errors import CheckpointError, TensorlayersError
-from .layers import FactorizedLayer, layer_type
+from .layers import FactorizedLayer, ProjectedAttention, layer_type
 from .plan import ConversionPlan, entry_of
 from .surgery import swap
 
@@ -75,6 +75,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], *, sour
         "config": hub.configuration(model) if hugging_face else None,
         "generation": hub.generation(model) if hugging_face else None,
         "layers": _layers(model),
+        "unpacked": [name for name, module in model.named_modules() if isinstance(module, ProjectedAttention)],
         "tied": tied,
         "transient": transient,
         "buffers": [name for name, _ in model.named_buffers()],
@@ -128,7 +129,7 @@ def load_pretrained(directory: str | os.PathLike[str], model: nn.Module | None =
     layers = {name: _read_layer(name, item) for name, item in index["layers"].items()}
     training = model.training if model is not None else False
     dense = _architecture(directory, index) if model is None else model
-    result = _with_layers(dense, layers, inplace=model is None)
+    result = _with_layers(dense, layers, index["unpacked"], inplace=model is None)
     _assign(result, tensors, index)
     return result.train(training) if model is None else result
 
@@ -222,7 +223,8 @@ def _read_index(directory: Path) -> dict[str, Any]:
     if not isinstance(index, dict) or index.get("version") != VERSION:
         version = index.get("version") if isinstance(index, dict) else None
         raise CheckpointError(f"{path}: version {VERSION} is known; got {version!r}")
-    expected = {"weights": str, "model": str, "layers": dict, "tied": dict, "transient": list, "buffers": list}
+    expected = {"weights": str, "model": str, "layers": dict, "tied": dict}
+    expected |= dict.fromkeys(["unpacked", "transient", "buffers"], list)
     for key, kind in expected.items():
         if not isinstance(index.get(key), kind):
             raise CheckpointError(f"{path}: {key!r} is a {kind.__name__}; got {index.get(key)!r}")
@@ -278,7 +280,7 @@ def _read_layer(name: str, item: Any) -> FactorizedLayer:
         layer.error = float(stated) if isinstance(stated, (int, float)) else None
     except TensorlayersError as error:
         raise CheckpointError(f"layer {name!r}: {error}") from None
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError, AssertionError) as error:
         raise CheckpointError(f"layer {name!r}: malformed: {type(error).__name__}: {error}") from None
     return layer
 
@@ -289,9 +291,29 @@ def _architecture(directory: Path, index: Mapping[str, Any]) -> nn.Module:
     return hub.build(index["model"], index.get("config"), index.get("generation"), directory)
 
 
-def _with_layers(model: nn.Module, layers: Mapping[str, FactorizedLayer], inplace: bool) -> nn.Module:
-    """The model, or a copy, with its dense layers of these names replaced."""
+def _unpacked(modules: Mapping[str, nn.Module], names: list[Any]) -> dict[int, tuple[nn.Module, nn.Module]]:
+    """The attention modules of these names with what takes their place, where they are packed."""
+    unpacked: dict[int, tuple[nn.Module, nn.Module]] = {}
+    for name in names:
+        module = modules.get(name) if isinstance(name, str) else None
+        if type(module) is nn.MultiheadAttention:
+            unpacked[id(module)] = (module, ProjectedAttention.unpack(module, copy_weights=False))
+        elif not isinstance(module, ProjectedAttention):
+            found = "nothing" if module is None else f"a {type(module).__name__}"
+            raise CheckpointError(f"unpacked: an nn.MultiheadAttention was at {name!r}; the model has {found} there")
+    return unpacked
+
+
+def _with_layers(
+    model: nn.Module, layers: Mapping[str, FactorizedLayer], unpacked: list[Any], inplace: bool
+) -> nn.Module:
+    """The model, or a copy, with its attention of the names `unpacked` and its dense layers of these names replaced."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    attention = _unpacked(modules, unpacked)
+    for name, module in list(modules.items()):
+        if id(module) in attention:
+            parts = attention[id(module)][1].named_children()
+            modules |= {f"{name}.{part}" if name else part: child for part, child in parts}
     replacements: dict[int, tuple[nn.Module, nn.Module]] = {}
     for name, layer in layers.items():
         if name not in modules:
@@ -317,7 +339,7 @@ def _with_layers(model: nn.Module, layers: Mapping[str, FactorizedLayer], inplac
             layer.bias.requires_grad_(bias.requires_grad)
         layer.train(module.training)
         replacements[id(module)] = (module, layer)
-    return swap(model, replacements, inplace)
+    return swap(model, replacements, inplace, attention)
 
 
 def _assign(model: nn.Module, tensors: Mapping[str, Tensor], index: Mapping[str, Any]) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+
+from .fold import computes_weight
 
 _HOOKS = (
     "_forward_hooks",
@@ -20,7 +23,12 @@ _HOOKS = (
 )
 
 
-def swap(model: nn.Module, replacements: Mapping[int, tuple[nn.Module, nn.Module]], inplace: bool) -> nn.Module:
+def swap(
+    model: nn.Module,
+    replacements: Mapping[int, tuple[nn.Module, nn.Module]],
+    inplace: bool,
+    rebuilt: Mapping[int, tuple[nn.Module, nn.Module]] = MappingProxyType({}),
+) -> nn.Module:
     """Swap modules, in the model or in a copy that never copies what is swapped out.
 
     Parameters
@@ -30,6 +38,9 @@ def swap(model: nn.Module, replacements: Mapping[int, tuple[nn.Module, nn.Module
         The id of each module to go -> (that module, the one that takes its place, its hooks included).
     inplace : bool
         A model that is itself replaced is not changed: use what is returned.
+    rebuilt : mapping
+        Likewise, of modules that are put together anew from parts of the old one: modules that may be among
+        `replacements`, parameters, and modules that hold views of parameters.
 
     Returns
     -------
@@ -37,24 +48,50 @@ def swap(model: nn.Module, replacements: Mapping[int, tuple[nn.Module, nn.Module
         The model, or a copy that shares nothing with it.
     """
     memo: dict[int, object] = {} if inplace else copy_memo(model)
-    memo |= {key: new for key, (_, new) in replacements.items()}
-    if id(model) in replacements:
-        result = replacements[id(model)][1]
+    everything = {**replacements, **rebuilt}
+    memo |= {key: new for key, (_, new) in everything.items()}
+    for old, new in rebuilt.values():
+        _settle(old, new, replacements, inplace, memo)
+    if id(model) in everything:
+        result = everything[id(model)][1]
     elif inplace:
         result = model
         for parent in list(model.modules()):
             for name, child in parent._modules.items():
-                if child is not None and id(child) in replacements:
-                    parent._modules[name] = replacements[id(child)][1]
+                if child is not None and id(child) in everything and id(parent) not in everything:
+                    parent._modules[name] = everything[id(child)][1]
     else:
         # deepcopy takes what its memo already holds, wherever the model refers to it.
         result = copy.deepcopy(model, memo)
-    for old, new in replacements.values():
+    for old, new in everything.values():
         for name in _HOOKS:
             if old.__dict__.get(name) is not None:  # False: backward hooks of the old kind
                 # In place the handles that users hold must go on working; a copy must share nothing.
                 new.__dict__[name] = old.__dict__[name] if inplace else copy.deepcopy(old.__dict__[name], memo)
+        for key in [key for key, hook in new._forward_pre_hooks.items() if computes_weight(hook)]:
+            del new._forward_pre_hooks[key]
     return result
+
+
+def _settle(
+    old: nn.Module,
+    new: nn.Module,
+    replacements: Mapping[int, tuple[nn.Module, nn.Module]],
+    inplace: bool,
+    memo: dict[int, object],
+) -> None:
+    """Give a rebuilt module its final parts: the replacements, the old one's parts (or copies), and no views."""
+    fresh = {id(module) for _, module in replacements.values()}
+    for name, child in new._modules.items():
+        if child is None or id(child) in fresh:
+            continue
+        if id(child) in replacements:
+            new._modules[name] = replacements[id(child)][1]
+        elif not (inplace and child in old._modules.values()):
+            new._modules[name] = copy.deepcopy(child, memo)
+    for name, parameter in new._parameters.items():
+        if not inplace and any(parameter is own for own in old._parameters.values()):
+            new._parameters[name] = copy.deepcopy(parameter, memo)
 
 
 def overlapping(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:

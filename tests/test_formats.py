@@ -154,7 +154,7 @@ def test_modes_that_do_not_hold_the_dimension_are_refused():
 
 def test_a_network_without_a_bond_is_refused():
     with pytest.raises(FormatError, match="without a bond"):
-        available()["tt"](2, order=1).network(16, 16)
+        available()["btt"](2, order=1).network(16, 16)
 
 
 def test_every_error_is_one_family():

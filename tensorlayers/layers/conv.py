@@ -16,7 +16,8 @@ from ..cost import Cost
 from ..errors import NetworkError
 from ..formats import Format, LowRank
 from ..network import Axis, Network
-from .base import FactorizedLayer, Settings, check_sizes
+from .base import FactorizedLayer
+from .kind import Settings, check_sizes
 
 _DEFAULT = LowRank(0.25)
 

@@ -15,7 +15,8 @@ from ..cost import Cost
 from ..errors import NetworkError
 from ..formats import Format, LowRank
 from ..network import Axis, Network, linear_axes
-from .base import FactorizedLayer, Settings, check_sizes
+from .base import FactorizedLayer
+from .kind import Settings, check_sizes
 
 _DEFAULT = LowRank(0.25)
 

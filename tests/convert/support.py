@@ -48,7 +48,10 @@ class Net(nn.Module):
         return self.head(x)
 
 
-CONVERTED = {"first", "second", "shared"}
+ATTENTION = [f"attention.{part}" for part in ("q_proj", "k_proj", "v_proj", "out_proj")]
+
+
+CONVERTED = {"first", "second", "shared", *ATTENTION}
 
 
 def _ids():

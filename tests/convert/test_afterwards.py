@@ -15,6 +15,7 @@ from tensorlayers import TT, LowRank, convert, convert_model, formats, plan_conv
 from tensorlayers.errors import ConversionError
 from tensorlayers.testing import TOLERANCE, relative_error
 from tests.convert.support import (
+    ATTENTION,
     CONVERTED,
     HALF,
     Net,
@@ -189,16 +190,16 @@ def test_the_progress_bar_names_the_layer_that_is_worked_on(monkeypatch):
     stream, shown = io.StringIO(), []
     real = formats.Format.decompose
 
-    def decompose(self, weight):
+    def decompose(self, *args):
         shown.append(stream.getvalue().rpartition("\r")[2])
-        return real(self, weight)
+        return real(self, *args)
 
     monkeypatch.setattr(convert, "tqdm", lambda *args, **kwargs: tqdm(*args, **{**kwargs, "delay": 0}))
     monkeypatch.setattr(formats.Format, "decompose", decompose)
     monkeypatch.setattr(sys, "stderr", stream)
     convert_model(Net(), HALF, progress=True)
     assert len(shown) == len(CONVERTED)
-    for name, line in zip(("first", "second", "shared"), shown, strict=True):
+    for name, line in zip(("first", "second", "shared", *ATTENTION), shown, strict=True):
         assert name in line
     stream.seek(0)
     stream.truncate()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tensorlayers import CP, TT, LowRank, convert_model, plan_conversion
+from tensorlayers import BTT, CP, TT, LowRank, convert_model, plan_conversion
 from tensorlayers.errors import ConversionError, FormatError, ModeError, RankError
 from tests.convert.support import HALF, Net, _chain, _factorized, _named, _quietly, _reasons
 
@@ -93,7 +93,7 @@ def test_where_narrows_the_choice():
 
 
 def test_a_format_that_does_not_fit_names_the_layer():
-    cases = [(LowRank((2, 2)), RankError), (TT(4, in_modes=(2, 2)), ModeError), (TT(4, order=1), FormatError)]
+    cases = [(LowRank((2, 2)), RankError), (TT(4, in_modes=(2, 2)), ModeError), (BTT(4, order=1), FormatError)]
     for format, error in cases:
         model = _blocks()
         with pytest.raises(error, match=r"layers\.0\.up"):

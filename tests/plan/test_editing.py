@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tensorlayers import TT, LowRank, convert_model, formats, plan_conversion
+from tensorlayers import BTT, TT, LowRank, convert_model, formats, plan_conversion
 from tensorlayers.errors import ConversionError, FormatError, ModeError, RankError
 from tests.plan.support import HALF, _factorized, _model, _plan, _small, every_format
 
@@ -67,7 +67,7 @@ def test_advice_is_what_is_not_worth_converting():
     assert slower.startswith("predicted slower: ")
     assert larger.startswith("nothing saved: ")
     groups = f"1 would be slower (e.g. 0: {slower}); 1 would save nothing (e.g. 2: {larger})"
-    assert plan.advice == f"2 of 4 layers stay dense: {groups}"
+    assert plan.advice == f"2 of 7 layers stay dense: {groups}"
     assert _plan(model, {"1": HALF}).advice == ""
 
 
@@ -123,8 +123,10 @@ def test_editing_by_an_alias():
 
 
 def test_a_blocked_layer_cannot_be_converted():
-    plan = _plan(_model())
-    for name, reason in (("attention.out_proj", "MultiheadAttention"), ("lazy", "lazy")):
+    model = _model()
+    model.head.weight = model.tiny.weight
+    plan = _plan(model)
+    for name, reason in (("head", "tied with tiny.weight"), ("lazy", "lazy")):
         before = plan[name]
         with pytest.raises(ConversionError, match=f"{name}.*{reason}"):
             plan[name] = LowRank(4)
@@ -140,7 +142,7 @@ def test_a_blocked_layer_cannot_be_converted():
         (LowRank, ConversionError),
         (LowRank((2, 2)), RankError),
         (TT(2, in_modes=(2, 2)), ModeError),
-        (TT(2, order=1), FormatError),
+        (BTT(2, order=1), FormatError),
     ],
     ids=str,
 )

@@ -9,6 +9,7 @@ from torch import nn
 
 from tensorlayers import BTT, CP, TT, ConversionPlan, LowRank, Tucker, convert_model, plan_conversion
 from tensorlayers.errors import ConversionError, FormatError, ModeError, RankError, TensorlayersError
+from tensorlayers.plan import VERSION
 from tests.junk import places, replaced
 from tests.plan.support import _factorized, _plan, _small
 
@@ -70,7 +71,7 @@ def test_an_edited_format_does_not_keep_the_error_of_the_old_one():
     before = plan_conversion(_small(), LowRank(0.5))
     data = json.loads(before.to_json())
     data["layers"][0]["format"]["rank"] = 3
-    data["layers"][2]["format"]["name"] = "btt"  # of the same parameters and MACs
+    data["layers"][2]["format"] = {"name": "btt", "rank": 0.5}  # of the same parameters and MACs
     plan = ConversionPlan.from_json(json.dumps(data))
     assert plan["third"].parameters == before["third"].parameters
     assert plan["third"].macs == before["third"].macs
@@ -84,7 +85,7 @@ def test_text_that_is_no_json_is_refused(text):
         ConversionPlan.from_json(text)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, VERSION - 1, VERSION + 1, str(VERSION), None, [VERSION]])
 def test_an_unknown_version_is_refused(version):
     with pytest.raises(ConversionError, match="version") as caught:
         ConversionPlan.from_json(json.dumps(_json() | {"version": version}))
@@ -99,7 +100,7 @@ def test_a_missing_part_is_refused(key):
         ConversionPlan.from_json(json.dumps(data))
 
 
-@pytest.mark.parametrize("key", ["name", "kind", "shape", "layer", "parameters", "macs"])
+@pytest.mark.parametrize("key", ["name", "kind", "settings", "layer", "parameters", "macs"])
 def test_a_layer_with_a_missing_field_is_refused(key):
     data = _json()
     del data["layers"][1][key]
@@ -107,10 +108,15 @@ def test_a_layer_with_a_missing_field_is_refused(key):
         ConversionPlan.from_json(json.dumps(data))
 
 
+_WRONG_SIZES = [
+    {"in_features": 96, "out_features": size, "bias": True} for size in ("a", None, 0, -1, 64.5, True, [64], 2**80)
+]
 FIELDS = {
     "name": [5, None, [], {}, True],
     "kind": [5, None, [], {}],
-    "shape": ["64x64", 64, None, [64], [64, 64, 64], [64, "a"], [64, None], [0, 64], [-1, 64], [64.5, 64], [True, 64]],
+    "settings": ["64x64", 64, None, [64], {"in_features": 64}, {"size": 64}, *_WRONG_SIZES],
+    "stack": [5, "ab", [], [2], [2, 2], [1, 2], [-1, 0], [2, -1], [2.0, 0], [2, True], ["2", 0], {"2": 0}],
+    "share": [5, None, [], {}, True],
     "layer": [5, None, [], "conv9d", ""],
     "parameters": [5, None, "ab", [1], [1, 2, 3], ["a", 1], [None, 1], [1.5, 1], {"a": 1, "b": 2}, [-1, 1]],
     "macs": [5, None, "ab", [1], [1, 2, 3], ["a", 1], [None, 1], [1.5, 1], {"a": 1, "b": 2}, [-1, 1]],

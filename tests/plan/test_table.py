@@ -10,7 +10,13 @@ from tests.plan.support import _model, _small
 
 
 def test_the_table():
-    keys = {"up": BTT(0.25), "gate": TT(8), "down": LowRank(0.5), "head": Tucker(1000)}
+    keys = {
+        "up": BTT(0.25),
+        "gate": TT(8),
+        "down": LowRank(0.5),
+        "head": Tucker(1000),
+        "attention.out_proj": LowRank(16),
+    }
     plan = plan_conversion(_model(), {**keys, "tiny": None}, errors=False, force=True)
     assert (
         str(plan)
@@ -22,15 +28,18 @@ gate            Linear  1024x256  TT       32x32|16x16  8          262k->8.19k  
 down            Linear  256x1024  LowRank  -            102        262k->131k    262k->131k    -
 head            Linear  17x256    Tucker   3x6|16x16    3,6,16,16  4.35k->5.17k  4.35k->4.79k  -
 tiny            Linear  1x64      dense: asked to stay dense
-a.out_proj      Linear  64x64     dense: nn.MultiheadAttention reads its weight itself
+a.q_proj        Linear  64x64     dense: no key matches
+a.k_proj        Linear  64x64     dense: no key matches
+a.v_proj        Linear  64x64     dense: no key matches
+a.out_proj      Linear  64x64     LowRank  -            16         4.1k->2.05k   4.1k->2.05k   -
 lazy            Linear            dense: lazy: it has no shape before its first forward
 note: rank r_o1 clamped from 1000 to 3, the largest useful (1 layer)
 note: rank r_o2 clamped from 1000 to 6, the largest useful (1 layer)
 note: rank r_i1 clamped from 1000 to 16, the largest useful (1 layer)
 note: rank r_i2 clamped from 1000 to 16, the largest useful (1 layer)
 note: out 17 padded to 18 = 3 x 6 (1 layer)
-4 of 7 layers converted; parameters 809,810 -> 227,455 (28.1%)
-MACs a row of these layers 794,944 -> 400,632 (50.4%)"""
+5 of 10 layers converted; parameters 809,810 -> 225,407 (27.8%)
+MACs a row of these layers 807,232 -> 410,872 (50.9%)"""
     )
 
 
@@ -52,11 +61,14 @@ NAMES = st.lists(
 WORDS = st.lists(st.text("abcdefghij:()'.,", min_size=1, max_size=30), min_size=1, max_size=40).map(" ".join)
 
 
+SETTINGS = {"in_features": 768, "out_features": 3072, "bias": True}
+
+
 def _table(names, reasons, kind="Linear"):
     """Some wide rows, some dense ones."""
     format, entries = Tucker((8, 4, 3, 2, 9, 5, 4, 3), order=4), []
     for position, name in enumerate(names):
-        entry = Entry(name, kind, (3072, 768), "linear", parameters=(10**9, 10**9), macs=(10**9, 10**9))
+        entry = Entry(name, kind, "linear", SETTINGS, parameters=(10**9, 10**9), macs=(10**9, 10**9))
         dense = reasons and position % 2
         entries.append(entry.dense(reasons[position % len(reasons)]) if dense else entry.with_format(format))
     return str(ConversionPlan(entries, 10**12))

@@ -32,7 +32,7 @@ def test_what_a_directory_holds(saved):
     assert _files(saved) == [_weights(saved).name, INDEX]
     assert sorted(_files(saved))[-1] == INDEX
     index = _index(saved)
-    assert index["version"] == 1
+    assert index["version"] == serialize.VERSION
     assert index["weights"] == _weights(saved).name
     assert index["model"] == "Sequential"
     assert index["library"] is None

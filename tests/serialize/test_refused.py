@@ -16,6 +16,7 @@ from torch import nn
 import tensorlayers as tl
 from tensorlayers import FactorizedLinear, LowRank, convert_model, load_pretrained, save_pretrained
 from tensorlayers.errors import CheckpointError
+from tensorlayers.serialize import VERSION
 from tests.junk import places, replaced
 from tests.serialize.support import INDEX, Net, _chain, _converted, _factorized, _files, _ids, _index, _weights, _write
 
@@ -72,7 +73,7 @@ def test_missing_files(saved, tmp_path):
     _refused(saved, INDEX)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, [1]], ids=str)
+@pytest.mark.parametrize("version", [0, VERSION - 1, VERSION + 1, str(VERSION), None, [VERSION]], ids=str)
 def test_an_unknown_version(version, saved):
     _write(saved, _index(saved) | {"version": version})
     _refused(saved, INDEX, "version", repr(version))
@@ -86,10 +87,18 @@ def test_a_missing_part_of_the_index(key, saved):
     _refused(saved, INDEX, key)
 
 
-@pytest.mark.parametrize("key", ["kind", "in_features", "out_features", "bias", "source", "format"])
+@pytest.mark.parametrize("key", ["kind", "settings", "source", "format"])
 def test_a_missing_part_of_a_layer(key, saved):
     index = _index(saved)
     del index["layers"]["2"][key]
+    _write(saved, index)
+    _refused(saved, "'2'", key)
+
+
+@pytest.mark.parametrize("key", ["in_features", "out_features", "bias"])
+def test_a_missing_setting_of_a_layer(key, saved):
+    index = _index(saved)
+    del index["layers"]["2"]["settings"][key]
     _write(saved, index)
     _refused(saved, "'2'", key)
 
@@ -102,9 +111,11 @@ def test_a_missing_part_of_a_layer(key, saved):
         ({"format": {"name": "tt"}}, "rank"),
         ({"format": {"name": "tt", "rank": 0}}, "rank 0"),
         ({"format": {"name": "tt", "rank": 3, "colour": 1}}, "colour"),
-        ({"in_features": 0}, "in_features"),
-        ({"in_features": "24"}, "in_features"),
-        ({"out_features": 17.5}, "out_features"),
+        ({"settings": []}, "malformed"),
+        ({"settings": {"in_features": 0, "out_features": 16}}, "in_features"),
+        ({"settings": {"in_features": "24", "out_features": 16}}, "in_features"),
+        ({"settings": {"in_features": 24, "out_features": 17.5}}, "out_features"),
+        *(({"stack": wrong}, "stack") for wrong in (5, "", "ab", [], [2], [2, 2], [2, -1], [2.0, 0], [True, 0], {})),
     ],
     ids=str,
 )
