@@ -432,7 +432,20 @@ def without(state, name):
             "index r has one size; got 2 and 3",
         ),
     ],
-    ids=str,
+    ids=[
+        "no bias",
+        "a bias",
+        "left over",
+        "empty",
+        "no factor",
+        "rank 1",
+        "rank 3",
+        "modes",
+        "format",
+        "padding",
+        "excess",
+        "two sizes",
+    ],
 )
 def test_a_state_that_does_not_fit_is_refused_and_nothing_is_written(layer, change, offender):
     before = copy.deepcopy(layer.state_dict())

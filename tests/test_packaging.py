@@ -31,6 +31,7 @@ ORDER = [
     {"dispatch"},
     {"functional", "lookup"},
     {"convolution", "gather"},
+    {"conv_search"},
     {"formats"},
     {"decompose", "rank", "rounding", "tensorize"},
     {"contraction", "precision"},
