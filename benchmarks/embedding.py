@@ -11,24 +11,18 @@ beside them in one step, gradients included.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import write
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from tensorlayers import CP, TT, FactorizedEmbedding, LowRank, Tucker, __version__, gather  # noqa: E402
-from tensorlayers.testing import assert_close  # noqa: E402
+from tensorlayers import CP, TT, FactorizedEmbedding, LowRank, Tucker, gather
+from tensorlayers.testing import assert_close
 
 ROWS, COLUMNS, IDS = 1_000_000, 128, 4096
 FORMATS = (LowRank(0.01), TT(0.01), TT(0.01, order=3), CP(0.01), Tucker(0.01))
@@ -136,14 +130,7 @@ def main() -> None:
             f"{row['forward_of_dense']:9.2f}x{row['zipf_of_dense']:9.2f}x{row['training_of_dense']:9.2f}x"
         )
     if arguments.out:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-        data = {
-            "commit": commit.stdout.strip() or "unknown",
-            "versions": {"tensorlayers": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            "threads": torch.get_num_threads(),
-            "rows": table,
-        }
-        arguments.out.write_text(json.dumps(data, indent=1), encoding="utf-8")
+        write(arguments.out, rows=table)
 
 
 if __name__ == "__main__":

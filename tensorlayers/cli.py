@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="a local Hugging Face directory")
-    parser.add_argument("--format", choices=sorted(available()), default="lowrank", help="default: lowrank")
+    parser.add_argument("--format", choices=sorted(available()), help="default: lowrank")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--params", type=float, metavar="F", help="fraction of each layer's parameters kept (default 0.5)"
@@ -126,7 +126,7 @@ def _ranks(text: str) -> int | tuple[int, ...]:
 
 def _choice(arguments: argparse.Namespace) -> dict[str, Any]:
     params = 0.5 if arguments.params is None else arguments.params
-    options = {"name": arguments.format, "rank": params if arguments.rank is None else arguments.rank}
+    options = {"name": arguments.format or "lowrank", "rank": params if arguments.rank is None else arguments.rank}
     if arguments.order is not None:
         options["order"] = arguments.order
     if arguments.split is not None:
@@ -154,7 +154,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _convert(arguments: argparse.Namespace) -> None:
     choice = _choice(arguments)
-    given = ConversionPlan.from_json(_read_text(arguments.plan)) if arguments.plan else None
+    given = _given_plan(arguments) if arguments.plan else None
     model = hub.load_model(arguments.model)
     plan = given or plan_conversion(model, **choice, errors=False)
     converted = convert_model(model, plan)
@@ -162,6 +162,14 @@ def _convert(arguments: argparse.Namespace) -> None:
     print(plan.with_errors(converted))
     _advise(plan)
     print(f"saved to {arguments.out}")
+
+
+def _given_plan(arguments: argparse.Namespace) -> ConversionPlan:
+    decided = "format params rank order split spatial layers skip share fold force"
+    for option in decided.split():
+        if getattr(arguments, option) not in (None, False):
+            raise TensorlayersError(f"a plan is already decided: --plan goes without --{option}")
+    return ConversionPlan.from_json(_read_text(arguments.plan))
 
 
 def _advise(plan: ConversionPlan) -> None:

@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from . import optimizer as optimizers
 from .decide import decide, entry_for
+from .entry import Entry, entry_of
 from .errors import ConversionError, TensorlayersError
 from .formats import Format
-from .keys import Choice, Shares
+from .keys import Choice, Shares, check_alike
 from .layers import FactorizedLayer, ProjectedAttention, layer_type
-from .plan import ConversionPlan, Entry, entry_of
+from .plan import ConversionPlan
 from .scan import Found, in_order, module_names, scan
 from .surgery import swap
 
@@ -228,6 +229,8 @@ def _check(entry: Entry, found: Mapping[str, Found]) -> None:
     if entry.converted and obstacle:
         raise ConversionError(f"plan: layer {entry.name!r} cannot be converted: {obstacle}")
     model = entry_for(layer)
+    if model.layer != entry.layer:
+        raise ConversionError(f"plan: layer {entry.name!r} is of kind {model.layer!r}; in the plan {entry.layer!r}")
     if model.shape != entry.shape:
         shapes = f"{model.shape} in this model, {entry.shape} in the plan"
         raise ConversionError(f"plan: layer {entry.name!r} has shape {shapes}")
@@ -246,6 +249,10 @@ def _together(entries: Sequence[Entry], progress: bool | None) -> Iterator[list[
     for group in groups.values():
         if [entry.stack for entry in group] != [(len(group), k) for k in range(len(group))] and group[0].share:
             raise ConversionError(f"plan: share {group[0].share!r}: the layers of a stack are all there, in order")
+        for entry in group:
+            if entry.format != group[0].format:
+                formats = f"{group[0].format} at {group[0].name!r} and {entry.format} at {entry.name!r}"
+                raise ConversionError(f"plan: share {entry.share!r}: one format for all; got {formats}")
     yield from _bar(list(groups.values()), progress)
 
 
@@ -253,6 +260,8 @@ def _factorize(group: Sequence[Entry], found: Mapping[str, Found]) -> list[Facto
     """The layers that replace those of one group, which share their cores where they are several."""
     format = group[0].format
     assert format is not None
+    if len(group) > 1:
+        check_alike(group[0].share, [found[entry.name] for entry in group])
     modules = [found[entry.name].dense for entry in group]
     try:
         return list(layer_type(group[0].layer).from_dense_jointly(modules, format))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -145,7 +146,7 @@ def conv_plan(
     transposed: bool,
     positions: int,
 ) -> ConvPlan:
-    """Find the cheapest order by `Cost.score`.
+    """Find the cheapest order by `Search.score`.
 
     Parameters
     ----------
@@ -219,8 +220,21 @@ def _step(search: Search, order: tuple[str, ...], done: frozenset[int], cores: f
 
 def plan_for(network: Network, window: Window, positions: int) -> ConvPlan:
     """The plan for an input of this many positions, by their class."""
-    classed = contraction.batch_class(positions, POSITIONS_CLASSES)
+    classed = _positions_class(positions)
     return _constant(network, window.kernel_size, window.stride, window.plain, window.transposed, classed)
+
+
+def _positions_class(positions: int) -> int:
+    if not torch.compiler.is_dynamo_compiling():
+        return contraction.batch_class(positions, POSITIONS_CLASSES)
+    # Sizes that a graph leaves open differ from layer to layer and from input to input: to branch on them would be
+    # to compile anew for each. Imported here: it takes a while, and is loaded already where something is compiled.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    for size in POSITIONS_CLASSES:
+        if statically_known_true(positions <= size):
+            return size
+    return POSITIONS_CLASSES[-1 if statically_known_true(positions > POSITIONS_CLASSES[-1]) else 2]
 
 
 @constant_when_compiled

@@ -8,10 +8,10 @@ from dataclasses import replace
 from torch import nn
 
 from .cost import SLOWER
+from .entry import Entry
 from .errors import ConversionError, RankError, TensorlayersError
 from .formats import Format
 from .keys import Choice, Group, Shares, choose, groups
-from .plan import Entry
 from .scan import Found
 
 

@@ -216,14 +216,37 @@ def sequential_svd(dense: Tensor, network: Network) -> list[Tensor]:
             math.prod(sizes[index] for index in columns),
         )
         rank = sizes[bond]
-        left, values, right = torch.linalg.svd(rest, full_matrices=False)
-        left, right = left[..., :rank], values[..., :rank, None] * right[..., :rank, :]
+        left, right = _best_factors(rest, rank)
         order = [*batch, *rows, bond]
         left = left.reshape([sizes[index] for index in order])
         cores.append(left.permute([order.index(index) for index in core]))
         names = [*batch, bond, *columns]
         rest = right.reshape([sizes[index] for index in names])
     return [*cores, rest.permute([names.index(index) for index in network.cores[-1]])]
+
+
+def _best_factors(
+    matrix: Tensor,  # (..., m, n)
+    rank: int,  # beyond min(m, n) it is that
+) -> tuple[Tensor, Tensor]:  # (..., m, rank) with orthonormal columns, (..., rank, n)
+    """Truncated SVD, the singular values with the right factor."""
+    m, n = matrix.shape[-2:]
+    if matrix.dtype == torch.float32 and max(m, n) >= 2 * min(m, n):
+        # The eigenvectors of the smaller Gram matrix in float64: as good in float32, and ten times as fast.
+        wide = matrix.double() if m < n else matrix.double().mT
+        vectors = torch.linalg.eigh(wide @ wide.mT)[1].flip(-1)[..., :rank].to(matrix.dtype)
+        if m < n:
+            return vectors, vectors.mT @ matrix
+        left, right = torch.linalg.qr(matrix @ vectors)
+        return left, right @ vectors.mT
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left[..., :rank], values[..., :rank, None] * right[..., :rank, :]
+
+
+def _start(matrix: Tensor, n_eigenvecs: int, **options: object) -> tuple[Tensor, Tensor, Tensor]:
+    """`_best_factors` as TensorLy calls it for the start of Tucker; of the three it uses the first."""
+    left, right = _best_factors(matrix, n_eigenvecs)
+    return left, torch.linalg.vector_norm(right, dim=1), right
 
 
 def tucker(dense: Tensor, ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -245,7 +268,9 @@ def tucker(dense: Tensor, ranks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         Shapes (n_k, r_k), orthonormal columns.
     """
     with tensorly.backend_context("pytorch", local_threadsafe=True):
-        core, factors = tensorly_tucker(dense, rank=_multilinear(ranks, dense.shape), n_iter_max=10, tol=1e-4)
+        core, factors = tensorly_tucker(
+            dense, rank=_multilinear(ranks, dense.shape), n_iter_max=10, tol=1e-4, svd=_start
+        )
     return core, list(factors)
 
 
@@ -303,7 +328,7 @@ def _multilinear(ranks: Sequence[int], shape: Sequence[int]) -> list[int]:
 def _leading(dense: Tensor, k: int, rank: int) -> Tensor:
     """A start for CP: leading left singular vectors of the mode-k unfolding, random where they are too few."""
     unfolding = dense.movedim(k, 0).flatten(1)
-    vectors = torch.linalg.svd(unfolding, full_matrices=False)[0][:, :rank]
+    vectors = _best_factors(unfolding, rank)[0]
     # torch.randn follows torch's generator; TensorLy's own initialisation takes a seed of its own.
     missing = torch.randn(dense.shape[k], rank - vectors.shape[1], dtype=dense.dtype, device=dense.device)
     columns = torch.cat([vectors, F.normalize(missing, dim=0)], dim=1)

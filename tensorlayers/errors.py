@@ -41,3 +41,7 @@ class ReadOnlyWeightError(TensorlayersError, RuntimeError):
 
 class KernelError(TensorlayersError, RuntimeError):
     """A Triton kernel was demanded where none supports the call."""
+
+
+MALFORMED = (LookupError, ArithmeticError, TypeError, ValueError, RuntimeError, AssertionError, AttributeError)
+"""What torch raises, according to what is wrong, where plain data describe no layer."""

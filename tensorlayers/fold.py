@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,8 +33,11 @@ def folded(module: nn.Module) -> nn.Module | None:
     hooks: list[Any] = [hook for hook in module._forward_pre_hooks.values() if computes_weight(hook)]
     if not hooks and not parametrize.is_parametrized(module):
         return None
-    # Weights that a hook computed are no leaves, and deepcopy would refuse them.
-    memo: dict[int, object] = {id(value): value.detach().clone() for value in _computed(module)}
+    memo = computed_memo(module)
+    # The hooks of others are not for the copy, and may hold what cannot be copied.
+    others = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    others += [*module._backward_pre_hooks.values(), *module._backward_hooks.values()]
+    memo |= {id(hook): hook for hook in others if not computes_weight(hook)}
     plain = copy.deepcopy(module, memo).eval()  # spectral norm iterates in training mode
     if parametrize.is_parametrized(plain):
         # Removing takes the property from the class, which the copy has in common with its source.
@@ -46,17 +48,22 @@ def folded(module: nn.Module) -> nn.Module | None:
             value = plain._buffers.pop(name, None)  # what a frozen one becomes
             if value is not None:
                 plain.register_parameter(name, nn.Parameter(value.detach(), requires_grad=False))
-    for hook in hooks:
-        if isinstance(hook, WeightNorm):
-            remove_weight_norm(plain, hook.name)
-        elif isinstance(hook, SpectralNorm):
-            remove_spectral_norm(plain, hook.name)
-        else:
+    for hook in reversed(hooks):  # a later one may compute what an earlier one reads
+        if isinstance(hook, prune.BasePruningMethod):
             prune.remove(plain, hook._tensor_name)  # type: ignore[no-untyped-call]
+            continue
+        parts = [plain._parameters.get(f"{hook.name}_{part}") for part in ("g", "v", "orig")]
+        trained = any(part is not None and part.requires_grad for part in parts)
+        (remove_weight_norm if isinstance(hook, WeightNorm) else remove_spectral_norm)(plain, hook.name)
+        getattr(plain, hook.name).requires_grad_(trained)
     return plain.train(module.training)
 
 
-def _computed(module: nn.Module) -> Iterator[Tensor]:
-    for value in module.__dict__.values():
-        if isinstance(value, Tensor) and not value.is_leaf:
-            yield value
+def computed_memo(model: nn.Module) -> dict[int, object]:
+    """A memo for ``copy.deepcopy(model, memo)`` with the weights that hooks compute: it refuses what is no leaf."""
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return memo

@@ -19,7 +19,7 @@ from . import contraction
 from .contraction import BATCH, Plan
 from .cost import Cost, volume
 from .network import Network
-from .precision import without_autocast
+from .precision import at_least_single, without_autocast
 
 _CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
 """What a chunk of rows may hold at once, gathered slices and intermediates: on the CPU it fits a shared cache, and is
@@ -248,8 +248,7 @@ def _core_gradients(
 ) -> list[Tensor | None]:
     """The gradients of the cores that need one, from that of the rows, (n, width)."""
     lookup = _Lookup(ids, network, cores)
-    # Sums over many rows: in half precision they are taken in float32.
-    wide = torch.promote_types(cores[0].dtype, torch.float32)
+    wide = at_least_single(cores[0].dtype)
     totals = [
         torch.zeros_like(flat, dtype=wide) if need else None for flat, need in zip(lookup.flats, needed, strict=True)
     ]

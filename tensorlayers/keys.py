@@ -130,12 +130,13 @@ def groups(shares: Shares, found: Sequence[Found]) -> list[Group]:
             raise ConversionError(f"share[{key!r}]: a key matches at least two layers that can be factorized; got none")
         for captured_text, layers in members.items():
             label = f"{key} {captured_text}" if captured_text else key
-            _check_alike(label, layers)
+            check_alike(label, layers)
             made.append(Group(label, format, tuple(layers)))
     return made
 
 
-def _check_alike(label: str, layers: Sequence[Found]) -> None:
+def check_alike(label: str, layers: Sequence[Found]) -> None:
+    """Raise `ConversionError` where these layers cannot share cores."""
     if len(layers) < 2:
         raise ConversionError(f"share[{label!r}]: at least two layers; got {layers[0].name!r} alone")
     for layer in layers:
@@ -150,4 +151,8 @@ def _check_alike(label: str, layers: Sequence[Found]) -> None:
         if weights[0].dtype != weights[1].dtype or weights[0].device != weights[1].device:
             raise ConversionError(
                 f"share[{label!r}]: dtype and device are the same; {layer.name!r} differs from {first.name!r}"
+            )
+        if weights[0].requires_grad != weights[1].requires_grad:
+            raise ConversionError(
+                f"share[{label!r}]: all weights are frozen or none; {layer.name!r} differs from {first.name!r}"
             )

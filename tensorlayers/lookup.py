@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from .gather import RecomputedRows, row_flops, rows
 from .network import Network
-from .precision import without_autocast
+from .precision import at_least_single, without_autocast
 
 _WORTH_SORTING = 8000
 """FLOPs of a row from which ids are sorted, and each distinct row is computed once.
@@ -131,8 +131,8 @@ def compact_table(
         if scale_grad_by_freq and position is not None:
             # Here, not in torch's lookup: its embedding_bag counts wrongly on the CPU (pytorch#190063).
             counts = torch.zeros_like(slots).scatter_add(0, position, torch.ones_like(ids)).clamp(min=1)
-            wide = torch.promote_types(table.dtype, torch.float32)  # float16 ends at 65504
-            table = _scaled_gradient(table, counts.to(wide).reciprocal().to(table.dtype)[:, None])
+            shares = counts.to(at_least_single(table.dtype)).reciprocal()  # float16 ends at 65504
+            table = _scaled_gradient(table, shares.to(table.dtype)[:, None])
         if padding_idx is not None:
             assert padding_row is not None
             table = torch.cat([padding_row[None], table])

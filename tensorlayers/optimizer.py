@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -28,8 +29,8 @@ def mend(optimizer: Optimizer, before: Mapping[str, nn.Parameter], model: nn.Mod
     """Let an optimizer train a converted model, in place.
 
     What was replaced gives its place in its group, with the group's settings, to what replaced it; its state
-    (moments, step count) is dropped. Whatever has the same name and shape in both models keeps its state. Parameters
-    that were not the model's stay.
+    (moments, step count) is dropped. Whatever has the same name in both models keeps its state. Parameters that were
+    not the model's stay.
 
     Parameters
     ----------
@@ -51,6 +52,7 @@ def mend(optimizer: Optimizer, before: Mapping[str, nn.Parameter], model: nn.Mod
         if name not in before and gone:
             ancestor = max(gone, key=lambda old: _kinship(old, name))
             heirs.setdefault(id(before[ancestor]), []).append(after[name])
+    names = {id(parameter): name for name, parameter in reversed(after.items())}
     placed: set[int] = set()
     known = {id(parameter) for parameter in before.values()}
     for group in optimizer.param_groups:
@@ -63,6 +65,9 @@ def mend(optimizer: Optimizer, before: Mapping[str, nn.Parameter], model: nn.Mod
                     members.append(heir)
                 if id(parameter) in same and heir is not parameter and parameter in optimizer.state:
                     optimizer.state[heir] = optimizer.state[parameter]
+        if "param_names" in group:  # of an optimizer that was given named parameters
+            old = dict(zip(map(id, group["params"]), group["param_names"], strict=True))
+            group["param_names"] = [names.get(id(member)) or old[id(member)] for member in members]
         group["params"] = members
     kept = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for stale in [tensor for tensor in optimizer.state if id(tensor) not in kept]:
@@ -73,11 +78,15 @@ def mend(optimizer: Optimizer, before: Mapping[str, nn.Parameter], model: nn.Mod
         optimizer.__dict__["_numel_cache"] = None
 
 
-def _kinship(old: str, new: str) -> tuple[int, bool]:
-    """How near a new parameter is to an old one: the modules that they share, then whether both are a bias or none."""
-    shared = 0
-    for a, b in zip(old.split("."), new.split("."), strict=False):
-        if a != b:
-            break
-        shared += 1
-    return shared, old.endswith("bias") == new.endswith("bias")
+def _kinship(old: str, new: str) -> tuple[int, bool, int]:
+    """How near a new parameter is to an old one: the modules that they share, whether both are a bias or none, and
+    how far the names agree in what follows."""
+    ours, theirs = old.split("."), new.split(".")
+    shared = _agreeing(ours, theirs)
+    old, new = ".".join(ours[shared:]), ".".join(theirs[shared:])
+    return shared, ("bias" in old) == ("bias" in new), _agreeing(old, new)
+
+
+def _agreeing(first: Sequence[str], second: Sequence[str]) -> int:
+    """In how many items two sequences agree before they first differ."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

@@ -17,6 +17,7 @@ from . import table
 from .errors import NetworkError, TensorlayersError
 from .layers import FactorizedLayer
 from .layers.resize import rounded, selected, shrink
+from .precision import at_least_single
 from .rank import Rank
 from .rounding import Rounding, check_finite
 
@@ -154,8 +155,8 @@ def rank_penalty(model: nn.Module, kind: str = "group") -> Tensor:
         for bond in layer.network.bonds:
             slices = _slices(layer, bond, 2 if kind == "group" else 1)
             terms.append(torch.linalg.vector_norm(slices, dim=0).sum() if kind == "group" else slices.sum())
-        # Of a network without a bond.
-        terms.append(layer.cores[0].new_zeros((), dtype=_wide(layer.cores[0])))
+        if not layer.network.bonds:  # zero, of no entry, and differentiable
+            terms.append(layer.cores[0].flatten()[:0].sum(dtype=at_least_single(layer.cores[0].dtype)))
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
 
@@ -240,16 +241,12 @@ def _named(group: _Named, on: Callable[[FactorizedLayer], Rounding]) -> Rounding
         raise type(error)(f"layer {name!r}: {error}" if name else str(error)) from None
 
 
-def _wide(core: Tensor) -> torch.dtype:
-    return torch.float64 if core.dtype == torch.float64 else torch.float32
-
-
 def _slices(layer: FactorizedLayer, bond: str, order: int, dtype: torch.dtype | None = None) -> Tensor:
     """The norms of the slices of a bond; shape (cores that carry it, values of the bond)."""
     return torch.stack(
         [
             torch.linalg.vector_norm(
-                core.movedim(names.index(bond), 0).flatten(1), order, dim=1, dtype=dtype or _wide(core)
+                core.movedim(names.index(bond), 0).flatten(1), order, dim=1, dtype=dtype or at_least_single(core.dtype)
             )
             for names, core in zip(layer.network.cores, layer.cores, strict=True)
             if bond in names

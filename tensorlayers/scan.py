@@ -60,8 +60,8 @@ class Found:
     @property
     def settings(self) -> Settings:
         """What the layer is built with; empty where it has no shape yet (lazy) or hides it (quantized)."""
-        weight = getattr(self.module, "weight", None)
-        if isinstance(self.module, LazyModuleMixin) or not isinstance(weight, Tensor):
+        # Asked of the class: reading a weight that is computed may change it (spectral norm iterates).
+        if isinstance(self.module, LazyModuleMixin) or callable(getattr(type(self.module), "weight", None)):
             return {}
         return self.layer.settings_of(self.module)
 
@@ -99,7 +99,7 @@ def scan(model: nn.Module, fold: bool = False) -> list[Found]:
             obstacle = _obstacle(name, module, layer, tied)
             plain = folded(module) if fold and obstacle else None
             if plain is not None:
-                obstacle = _obstacle(name, plain, layer, tied)
+                obstacle = _tie(name, dict(module.named_parameters()), tied) or _obstacle(name, plain, layer, tied)
             users = [user for user in attention.values() if user[0].out_proj is module]
             obstacle = obstacle or next((reason for _, _, reason in users if reason), "")
             unpacks = tuple((source, parts) for source, parts, _ in users if parts is not None)
@@ -178,8 +178,12 @@ def _parameters_obstacle(name: str, module: nn.Module, keys: list[str], tied: Ma
         return "quantized: its weight is no plain tensor of 16 to 64 floating-point bits"
     if not weight.numel():
         return "nothing saved: it has no weights"
-    for key in keys:
-        parameter = module._parameters[key]
+    return _tie(name, {key: module._parameters[key] for key in keys}, tied)
+
+
+def _tie(name: str, parameters: Mapping[str, nn.Parameter | None], tied: Mapping[int, list[str]]) -> str:
+    """What the first of a module's parameters that is tied is tied with; empty where none is."""
+    for key, parameter in parameters.items():
         if id(parameter) in tied:
             own_name = f"{name}.{key}" if name else key
             return f"tied with {', '.join(other for other in tied[id(parameter)] if other != own_name)}"

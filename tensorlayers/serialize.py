@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import hub
-from .errors import CheckpointError, TensorlayersError
+from .entry import entry_of
+from .errors import MALFORMED, CheckpointError, TensorlayersError
 from .layers import FactorizedLayer, ProjectedAttention, layer_type
-from .plan import ConversionPlan, entry_of
+from .plan import ConversionPlan
 from .surgery import swap
 
 VERSION = 2
@@ -228,6 +229,8 @@ def _read_index(directory: Path) -> dict[str, Any]:
     for key, kind in expected.items():
         if not isinstance(index.get(key), kind):
             raise CheckpointError(f"{path}: {key!r} is a {kind.__name__}; got {index.get(key)!r}")
+        if kind is list and not all(isinstance(name, str) for name in index[key]):
+            raise CheckpointError(f"{path}: {key!r} lists names; got {index[key]!r}")
     return index
 
 
@@ -280,7 +283,7 @@ def _read_layer(name: str, item: Any) -> FactorizedLayer:
         layer.error = float(stated) if isinstance(stated, (int, float)) else None
     except TensorlayersError as error:
         raise CheckpointError(f"layer {name!r}: {error}") from None
-    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError, AssertionError) as error:
+    except MALFORMED as error:
         raise CheckpointError(f"layer {name!r}: malformed: {type(error).__name__}: {error}") from None
     return layer
 
@@ -291,11 +294,11 @@ def _architecture(directory: Path, index: Mapping[str, Any]) -> nn.Module:
     return hub.build(index["model"], index.get("config"), index.get("generation"), directory)
 
 
-def _unpacked(modules: Mapping[str, nn.Module], names: list[Any]) -> dict[int, tuple[nn.Module, nn.Module]]:
+def _unpacked(modules: Mapping[str, nn.Module], names: list[str]) -> dict[int, tuple[nn.Module, nn.Module]]:
     """The attention modules of these names with what takes their place, where they are packed."""
     unpacked: dict[int, tuple[nn.Module, nn.Module]] = {}
     for name in names:
-        module = modules.get(name) if isinstance(name, str) else None
+        module = modules.get(name)
         if type(module) is nn.MultiheadAttention:
             unpacked[id(module)] = (module, ProjectedAttention.unpack(module, copy_weights=False))
         elif not isinstance(module, ProjectedAttention):
@@ -305,7 +308,7 @@ def _unpacked(modules: Mapping[str, nn.Module], names: list[Any]) -> dict[int, t
 
 
 def _with_layers(
-    model: nn.Module, layers: Mapping[str, FactorizedLayer], unpacked: list[Any], inplace: bool
+    model: nn.Module, layers: Mapping[str, FactorizedLayer], unpacked: list[str], inplace: bool
 ) -> nn.Module:
     """The model, or a copy, with its attention of the names `unpacked` and its dense layers of these names replaced."""
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -332,6 +335,10 @@ def _with_layers(
         if (bias is None) != (layer.bias is None):
             has = "no bias; the model's layer has one" if layer.bias is None else "a bias; the model's layer has none"
             raise CheckpointError(f"layer {name!r}: it was saved with {has}")
+        for key, value in layer.settings_of(layer).items():
+            if settings[key] != value:
+                values = f"{value!r}; in the model it is {settings[key]!r}"
+                raise CheckpointError(f"layer {name!r}: it was saved with {key} {values}")
         if not weight.is_meta:
             layer.to_empty(device=weight.device)
         layer.cores.requires_grad_(weight.requires_grad)
@@ -345,7 +352,7 @@ def _with_layers(
 def _assign(model: nn.Module, tensors: Mapping[str, Tensor], index: Mapping[str, Any]) -> None:
     """Put every tensor in its place, in the dtype of the file and on the device of the model; ties are kept."""
     tied = {str(alias): str(name) for alias, name in index["tied"].items()}
-    transient = {str(name) for name in index["transient"]}
+    transient = set(index["transient"])
     wanted = model.state_dict(keep_vars=True)
     have = (set(tensors) | set(tied)) - transient
     file = index["weights"]

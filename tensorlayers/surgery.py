@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from .fold import computes_weight
+from .fold import computed_memo, computes_weight
 
 _HOOKS = (
     "_forward_hooks",
@@ -68,7 +68,10 @@ def swap(
             if old.__dict__.get(name) is not None:  # False: backward hooks of the old kind
                 # In place the handles that users hold must go on working; a copy must share nothing.
                 new.__dict__[name] = old.__dict__[name] if inplace else copy.deepcopy(old.__dict__[name], memo)
-        for key in [key for key, hook in new._forward_pre_hooks.items() if computes_weight(hook)]:
+        computing = [key for key, hook in new._forward_pre_hooks.items() if computes_weight(hook)]
+        if computing and old is model:  # which stays as it is
+            new.__dict__["_forward_pre_hooks"] = copy.copy(new._forward_pre_hooks)
+        for key in computing:
             del new._forward_pre_hooks[key]
     return result
 
@@ -137,15 +140,10 @@ def _share_elements(first: Tensor, second: Tensor) -> bool:
 
 def copy_memo(model: nn.Module) -> dict[int, object]:
     """A memo for ``copy.deepcopy(model, memo)`` that holds what deepcopy itself gets wrong."""
-    memo: dict[int, object] = {}
+    memo = computed_memo(model)
     # Parameters are cloned one by one, which would untie those that overlap; plain tensors keep their storage.
     for pair in overlapping(model):
         for parameter in pair:
             if id(parameter) not in memo:
                 memo[id(parameter)] = nn.Parameter(copy.deepcopy(parameter.data, memo), parameter.requires_grad)
-    # Weights that a hook computes anew at each forward (weight_norm, pruning) are no leaves, and would be refused.
-    for module in model.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
     return memo

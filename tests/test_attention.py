@@ -253,6 +253,7 @@ def test_the_attributes_of_multihead_attention(options):
         ([(5, 3, 16), (5, 16), (5, 16)], {}, "3 dimensions, or of 2"),
         ([(5,)] * 3, {}, "3 dimensions, or of 2"),
         ([(5, 3, 16), (6, 3, 16), (5, 3, 16)], {}, "key and value alike"),
+        ([(5, 1, 16), (5, 3, 16), (5, 3, 16)], {}, "one batch size; got 1 and 3"),
         ([(5, 3, 16)] * 3, {"is_causal": True}, "no attn_mask"),
         ([(5, 3, 16)] * 3, {"attn_mask": torch.zeros(5, 4)}, r"\(5, 5\) or \(12, 5, 5\); got \(5, 4\)"),
         ([(5, 3, 16)] * 3, {"attn_mask": torch.zeros(4, 5, 5)}, r"got \(4, 5, 5\)"),

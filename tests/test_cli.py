@@ -114,6 +114,8 @@ def test_economy_is_warned_about_and_forced(source, tmp_path, capsys):
         (["eval", "SOURCE", "--text", "TEXT"], "tensorlayers.json"),
         (["convert", "SOURCE", "--plan", "TEXT", "--out", "x"], "not JSON"),
         (["convert", "SOURCE", "--plan", "nowhere.json", "--out", "x"], "nowhere.json"),
+        (["convert", "SOURCE", "--plan", "TEXT", "--out", "x", "--rank", "4"], "--plan goes without --rank"),
+        (["convert", "SOURCE", "--plan", "TEXT", "--out", "x", "--fold"], "--plan goes without --fold"),
         (["convert", "SOURCE", "--out", "TEXT"], "it is a file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -100,6 +100,16 @@ def test_low_rank_is_the_optimum(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(9, 80), (80, 9)], ids=str)
+def test_low_rank_of_a_sliver_whose_singular_values_fall_is_the_optimum(shape, dtype):
+    (rows, _), (columns, _) = (torch.linalg.qr(torch.randn(size, 9, dtype=torch.float64)) for size in shape)
+    weight = ((rows * 10.0 ** -torch.arange(9)) @ columns.T).to(dtype)
+    for rank in (1, 3, 9):
+        error = LowRank(rank).decompose(weight).error
+        assert error == pytest.approx(tail(weight, rank), rel=TOLERANCE[dtype], abs=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_tt_of_order_2_is_the_optimum(dtype):
     weight = torch.randn(48, 36, dtype=dtype)
     pairs = weight.reshape(6, 8, 4, 9).permute(0, 2, 1, 3).reshape(24, 72)

@@ -3,10 +3,12 @@
 import copy
 import dataclasses
 import io
+import json
 import math
 import pickle
 from contextlib import contextmanager
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -450,6 +452,23 @@ def test_jagged_ids(padding_idx):
         layer(torch.nested.nested_tensor(parts, layout=torch.strided))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_view_of_jagged_ids_has_holes():
+    layer = FactorizedEmbedding(17, 10)
+    table = torch.arange(12).reshape(3, 4)
+    view = torch.nested.narrow(table, 1, torch.tensor([0, 1, 0]), torch.tensor([2, 3, 1]), layout=torch.jagged)
+    for rows, ids in zip(layer(view).unbind(), (table[0, :2], table[1, 1:], table[2, :1]), strict=True):
+        assert_close(rows, layer(ids), torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_hooks_see_jagged_ids_once():
+    layer, seen = FactorizedEmbedding(17, 10), []
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.is_nested))
+    layer(torch.nested.nested_tensor([torch.tensor([1, 2]), torch.tensor([3])], layout=torch.jagged))
+    assert seen == [True]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_from_dense_keeps_what_the_layer_had(dtype):
     source = nn.Embedding(17, 10, padding_idx=-1, max_norm=1.5, norm_type=1.0, dtype=dtype).eval()
@@ -529,6 +548,12 @@ def test_costs():
 def test_bad_arguments_are_refused(arguments, offender):
     with pytest.raises(NetworkError, match=offender):
         FactorizedEmbedding(**{"num_embeddings": 17, "embedding_dim": 10, **arguments})
+
+
+def test_integers_of_numpy_are_sizes_as_in_torch():
+    sizes = numpy.int64(17), numpy.int32(10), numpy.int64(-2)
+    for layer in (FactorizedEmbedding(*sizes), FactorizedEmbedding.from_dense(nn.Embedding(*sizes), LowRank(0.25))):
+        assert json.dumps(layer.config()) == json.dumps(FactorizedEmbedding(17, 10, 15).config())
 
 
 def test_a_sparse_layer_stays_dense():

@@ -182,6 +182,14 @@ def test_jagged_bags():
     assert_close(layer(nested[0], None, nested[1]), expected, torch.float32)
 
 
+def test_a_view_of_jagged_bags_has_holes():
+    layer = FactorizedEmbeddingBag(17, 10, mode="sum")
+    table = torch.arange(12).reshape(3, 4)
+    view = torch.nested.narrow(table, 1, torch.tensor([0, 1, 0]), torch.tensor([2, 3, 1]), layout=torch.jagged)
+    expected = [layer(ids[None])[0] for ids in (table[0, :2], table[1, 1:], table[2, :1])]
+    assert_close(layer(view), torch.stack(expected), torch.float32)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [

@@ -3,8 +3,10 @@
 import copy
 import dataclasses
 import io
+import json
 import pickle
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -229,6 +231,20 @@ def test_autocast_does_not_reach_what_builds_fits_or_draws_a_weight(format):
 def test_construction_without_data(format):
     with FakeTensorMode():
         assert FactorizedLinear(12, 10, format=format)(torch.empty(3, 12)).shape == (3, 10)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_hooks_see_nested_rows_once():
+    layer, seen = FactorizedLinear(12, 10), []
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.is_nested))
+    layer(torch.nested.nested_tensor([torch.randn(2, 12), torch.randn(1, 12)], layout=torch.jagged))
+    assert seen == [True]
+
+
+def test_integers_of_numpy_are_sizes_as_in_torch():
+    sizes = numpy.int64(12), numpy.int32(10)
+    for layer in (FactorizedLinear(*sizes), FactorizedLinear.from_dense(nn.Linear(*sizes), LowRank(0.25))):
+        assert json.dumps(layer.config()) == json.dumps(FactorizedLinear(12, 10).config())
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.float8_e4m3fn], ids=str)

@@ -24,6 +24,7 @@ ORDER = [
     {"keys"},
     {"serialize", "scan", "interop"},
     {"plan"},
+    {"entry"},
     {"regularize"},
     {"surgery", "hub", "table", "factors"},
     {"fold", "optimizer"},

@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 
+import numpy
 import pytest
 import torch
 from hypothesis import assume, given
@@ -109,6 +110,8 @@ def test_an_integer_is_a_shape_of_one_dimension():
     assert (layer.in_shape, layer.out_shape, layer(torch.zeros(3, 6)).shape) == ((6,), (10,), (3, 10))
     split = TensorRegression(6, 10, format=TT(2, in_modes=(2, 4), out_modes=(5, 2)))
     check_layer(split, torch.randn(3, 6))
+    for number in (numpy.int64(6), [numpy.int32(6)]):
+        assert json.dumps(TensorContraction(number, number).config()) == json.dumps(TensorContraction(6, 6).config())
 
 
 # -- what is computed --------------------------------------------------------------------------------------------------

@@ -48,6 +48,11 @@ def test_metadata_builds_nothing(layer, builds):
     assert "10, 12" in repr(weight)
     assert hash(weight) is not None
     assert weight.element_size() == 4
+    assert weight.type() == "torch.FloatTensor"
+    assert torch.numel(weight) == 120
+    assert torch.is_floating_point(weight)
+    assert not torch.is_complex(weight)
+    assert weight.is_signed()
     assert builds == [0]
 
 
@@ -55,6 +60,8 @@ def test_values_build_once_an_operation(layer, builds):
     weight = layer.weight
     (weight + weight).sum()
     assert builds == [1]
+    assert weight.type(torch.float64).dtype == torch.float64
+    assert builds == [2]
 
 
 WRITES = {

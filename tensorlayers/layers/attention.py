@@ -193,6 +193,10 @@ class ProjectedAttention(nn.Module):
             if key.shape[:-1] != value.shape[:-1]:
                 shapes = [tuple(x.shape) for x in (key, value)]
                 raise NetworkError(f"attention: key and value alike but for their features; got {shapes}")
+            batch = 0 if self.batch_first else 1
+            if query.dim() == 3 and query.shape[batch] != key.shape[batch]:
+                sizes = f"{query.shape[batch]} and {key.shape[batch]}"
+                raise NetworkError(f"attention: query and key of one batch size; got {sizes}")
             if is_causal and attn_mask is None:
                 raise NetworkError("attention: is_causal says that attn_mask is causal; got no attn_mask")
             output, weights = self._plain(

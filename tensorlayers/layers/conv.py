@@ -17,7 +17,7 @@ from ..errors import NetworkError
 from ..formats import Format, LowRank
 from ..network import Axis, Network
 from .base import FactorizedLayer
-from .kind import Settings, check_sizes
+from .kind import Settings, check_sizes, plain
 
 _DEFAULT = LowRank(0.25)
 
@@ -44,20 +44,46 @@ class _FactorizedConv(FactorizedLayer):
     def _build(
         self, settings: Settings, device: Any, dtype: torch.dtype | None, format: Format, stack: tuple[int, int] | None
     ) -> None:
+        settings = {name: plain(value) for name, value in settings.items()}
         check_sizes(**{name: settings[name] for name in ("in_channels", "out_channels", "groups")})
         # Torch's own layer checks the arguments and brings them to their final form.
         like = self.dense_types[0](**settings, device="meta")
-        for name in (*self._settings, "output_padding"):
+        for name, value in {"output_padding": like.output_padding, **self.settings_of(like)}.items():
             if name != "bias":
-                setattr(self, name, getattr(like, name))
-        for name in ("kernel_size", "stride", "dilation"):
-            for size in getattr(self, name):
-                check_sizes(**{name: size})
+                setattr(self, name, value)
+        self._check_steps(self.settings_of(like))
         self._register(format, self.out_channels if settings["bias"] else None, device, dtype, stack)
 
     @classmethod
     def settings_of(cls, module: nn.Module) -> Settings:
-        return {name: module.bias is not None if name == "bias" else getattr(module, name) for name in cls._settings}
+        settings = {name: plain(getattr(module, name)) for name in cls._settings}
+        settings["bias"] = module.bias is not None
+        for name in ("kernel_size", "stride", "padding", "dilation", "output_padding"):
+            if isinstance(settings.get(name), tuple):
+                settings[name] = cls._each(name, settings[name])
+        return settings
+
+    @classmethod
+    def _each(cls, name: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """One entry a dimension. Of a tuple of one, torch takes that for all, but of a kernel."""
+        if len(sizes) == 1 and name != "kernel_size":
+            sizes *= cls.dimensions
+        if len(sizes) != cls.dimensions:
+            raise NetworkError(f"{name} {sizes}: one entry for each of {cls.dimensions} dimensions; got {len(sizes)}")
+        return sizes
+
+    @classmethod
+    def read_settings(cls, data: Mapping[str, Any]) -> Settings:
+        settings = super().read_settings(data)
+        cls._check_steps(settings)
+        return settings
+
+    @staticmethod
+    def _check_steps(settings: Mapping[str, Any]) -> None:
+        """What torch's own layer lets through and only its forward refuses."""
+        for name in ("kernel_size", "stride", "dilation"):
+            for size in settings[name]:
+                check_sizes(**{name: size})
 
     @classmethod
     def axes_of(cls, settings: Mapping[str, Any]) -> tuple[Axis, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import contraction
 from ..network import Network
+from ..precision import at_least_single
 
 
 def cores(
@@ -34,7 +35,7 @@ def cores(
     list of Tensor
         Shapes ``network.core_shapes``.
     """
-    wide = torch.float64 if like[0].dtype == torch.float64 else torch.float32
+    wide = at_least_single(like[0].dtype)
     bound = math.sqrt(3) * network.core_std(wanted)
     drawn = [torch.empty(core.shape, dtype=wide, device=core.device).uniform_(-bound, bound) for core in like]
     factor = (wanted / _deviation(network, drawn, boxes, count)) ** (1 / len(drawn))

@@ -14,7 +14,7 @@ from ..errors import ConversionError, NetworkError
 from ..formats import Format, LowRank
 from ..network import Axis, Network
 from .base import FactorizedLayer
-from .kind import Settings, check_sizes
+from .kind import Settings, check_sizes, plain
 
 if TYPE_CHECKING:
     from typing import Self
@@ -22,15 +22,14 @@ if TYPE_CHECKING:
 _DEFAULT = LowRank(0.25)
 
 _SPARSE = "sparse: every row shares the cores, so that their gradients are dense (and small)"
-
-
 _MAX = "scale_grad_by_freq: it must be False where the mode is 'max', as torch demands at the first forward"
 
 
 def _jagged(input: Any) -> tuple[Tensor, Tensor]:
-    """The values and offsets of a nested tensor."""
+    """The values and offsets of a nested tensor, without the holes that a view of one may have."""
     if input.layout != torch.jagged:
         raise NetworkError(f"input: a nested tensor of ids has the layout torch.jagged; got {input.layout}")
+    input = input.contiguous()
     return input.values(), input.offsets()
 
 
@@ -57,6 +56,7 @@ class _Table(FactorizedLayer):
         stack: tuple[int, int] | None,
     ) -> None:
         """Check and set the attributes, then draw the cores."""
+        settings = {name: plain(value) for name, value in settings.items()}
         rows, columns, padding = (settings[name] for name in ("num_embeddings", "embedding_dim", "padding_idx"))
         check_sizes(num_embeddings=rows, embedding_dim=columns)
         if padding is not None and not (isinstance(padding, int) and -rows <= padding < rows):
@@ -104,7 +104,7 @@ class _Table(FactorizedLayer):
 
     @classmethod
     def settings_of(cls, module: nn.Module) -> Settings:
-        return {name: getattr(module, name) for name in cls._SETTINGS}
+        return {name: plain(getattr(module, name)) for name in cls._SETTINGS}
 
     @classmethod
     def axes_of(cls, settings: Mapping[str, Any]) -> tuple[Axis, ...]:
@@ -261,7 +261,7 @@ class FactorizedEmbedding(_Table):
     def forward(self, input: Tensor) -> Tensor:
         if input.is_nested:
             values, offsets = _jagged(input)
-            return torch.nested.nested_tensor_from_jagged(self(values), offsets)
+            return torch.nested.nested_tensor_from_jagged(self.forward(values), offsets)
         return lookup.embedding(
             input, self.own_network, self.active_cores(), (self.num_embeddings, self.embedding_dim), **self._options()
         )

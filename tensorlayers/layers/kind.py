@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -10,11 +11,18 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..cost import Cost
-from ..errors import NetworkError
+from ..errors import MALFORMED, NetworkError
 from ..network import Axis, Network
 
 Settings = dict[str, Any]
 """The arguments that torch's own layer is built with, as plain data: all but device and dtype."""
+
+
+def plain(value: Any) -> Any:
+    """NumPy's integers, which torch's own layers take too, as Python's, in tuples too; all else as it is."""
+    if isinstance(value, tuple):
+        return tuple(plain(item) for item in value)
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
 
 
 def check_sizes(**sizes: Any) -> None:
@@ -68,7 +76,7 @@ class LayerKind(ABC):
         """
         try:
             settings = cls.settings_of(cls.dense_types[0](**data, device="meta"))
-        except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, OverflowError) as error:
+        except MALFORMED as error:
             reason = (str(error).splitlines() or [""])[0]
             raise NetworkError(f"{cls.dense_types[0].__name__} cannot be built: {reason}") from None
         for axis in cls.axes_of(settings):

@@ -16,7 +16,7 @@ from ..errors import NetworkError
 from ..formats import Format, LowRank
 from ..network import Axis, Network, linear_axes
 from .base import FactorizedLayer
-from .kind import Settings, check_sizes
+from .kind import Settings, check_sizes, plain
 
 _DEFAULT = LowRank(0.25)
 
@@ -70,10 +70,9 @@ class FactorizedLinear(FactorizedLayer):
         stack: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(in_features=in_features, out_features=out_features)
-        self.in_features = in_features
-        self.out_features = out_features
-        self._register(format, out_features if bias else None, device, dtype, stack)
+        self.in_features, self.out_features = plain((in_features, out_features))
+        check_sizes(in_features=self.in_features, out_features=self.out_features)
+        self._register(format, self.out_features if bias else None, device, dtype, stack)
 
     @classmethod
     def matches(cls, module: nn.Module) -> str | None:
@@ -88,7 +87,7 @@ class FactorizedLinear(FactorizedLayer):
             rows, columns = cls.weight_of(module).shape
         else:
             rows, columns = module.out_features, module.in_features  # type: ignore[assignment]
-        return {"in_features": columns, "out_features": rows, "bias": module.bias is not None}
+        return {"in_features": plain(columns), "out_features": plain(rows), "bias": module.bias is not None}
 
     @classmethod
     def axes_of(cls, settings: Mapping[str, Any]) -> tuple[Axis, ...]:
@@ -119,7 +118,7 @@ class FactorizedLinear(FactorizedLayer):
     def forward(self, input: Tensor) -> Tensor:
         if input.is_nested:  # nn.TransformerEncoder hands them on when it skips padding
             parts = input.unbind()
-            rows = self(torch.cat(parts)).split([len(part) for part in parts])
+            rows = torch.split(self.forward(torch.cat(parts)), [len(part) for part in parts])
             return torch.nested.as_nested_tensor(list(rows), layout=input.layout)
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise NetworkError(

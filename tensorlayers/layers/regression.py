@@ -17,7 +17,7 @@ from ..formats import Format, ModeProducts, Tucker
 from ..network import Axis, Network
 from ..tensorize import MOST_MODES
 from .base import FactorizedLayer
-from .kind import Settings, check_sizes
+from .kind import Settings, check_sizes, plain
 from .linear import FactorizedLinear
 
 if TYPE_CHECKING:
@@ -31,12 +31,13 @@ Shape = int | Sequence[int]
 
 def _shape(value: Any, what: str) -> tuple[int, ...]:
     """A shape of 1 to 10 dimensions, each of at least 1; an int is that of one dimension."""
-    sizes = (value,) if isinstance(value, int) else value
-    if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Sequence) or not 1 <= len(sizes) <= MOST_MODES:
+    several = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    sizes: tuple[int, ...] = plain(tuple(value) if several else (value,))
+    if not 1 <= len(sizes) <= MOST_MODES:
         raise NetworkError(f"{what}: an integer, or a tuple of 1 to {MOST_MODES}; got {value!r}")
     for number, size in enumerate(sizes, 1):
         check_sizes(**{f"{what}, dimension {number}": size})
-    return tuple(sizes)
+    return sizes
 
 
 def _flat(x: Tensor, in_shape: tuple[int, ...]) -> Tensor:

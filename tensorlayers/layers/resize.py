@@ -17,6 +17,7 @@ from ..network import Network
 from ..precision import without_autocast
 from ..rank import Rank, clamp, resolve
 from ..rounding import Kept, Rounding, check_finite, keep, round_bonds
+from .kind import plain
 
 if TYPE_CHECKING:
     from .base import FactorizedLayer
@@ -87,18 +88,19 @@ def selected(layer: FactorizedLayer, positions: Mapping[str, Sequence[int]]) -> 
     Where a bond that stays is then larger than is useful beside the others, it is rounded to that.
     """
     network = layer.network
-    for bond, wanted in positions.items():
+    chosen = {bond: plain(tuple(wanted)) for bond, wanted in positions.items()}
+    for bond, wanted in chosen.items():
         if bond not in network.bonds:
             raise NetworkError(f"bond {bond!r}: one of {', '.join(network.bonds)}")
         size = network.size[bond]
-        if not wanted or list(wanted) != sorted({p for p in wanted if 0 <= p < size}):
+        if not wanted or list(wanted) != sorted({p for p in wanted if type(p) is int and 0 <= p < size}):
             raise RankError(f"bond {bond!r}: ascending positions below {size}, at least one; got {list(wanted)}")
     cut = keep(
         network,
         [core.detach() for core in layer.cores],
         {
             bond: Kept((), torch.tensor(wanted, device=layer.cores[0].device))
-            for bond, wanted in positions.items()
+            for bond, wanted in chosen.items()
             if len(wanted) < network.size[bond]
         },
     )

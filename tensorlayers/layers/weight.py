@@ -45,9 +45,10 @@ _ANSWERS: dict[Any, Callable[[DenseWeight], Any]] = {
 _ATTRIBUTES = """
 shape dtype device ndim layout is_cuda is_cpu is_meta is_sparse is_quantized is_nested is_mps is_xpu itemsize nbytes dim
 size numel nelement element_size is_floating_point is_complex is_contiguous stride storage_offset get_device
-is_inference __len__ __hash__
+is_inference is_signed is_conj is_neg is_mkldnn __len__ __hash__
 """
 _METADATA = {_function(name) for name in _ATTRIBUTES.split()}
+_METADATA |= {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_signed, torch.is_conj, torch.is_neg}
 
 
 class DenseWeight(Tensor):
@@ -85,7 +86,7 @@ class DenseWeight(Tensor):
         kwargs = dict(kwargs or {})
         if func in _ANSWERS:
             return _ANSWERS[func](args[0])
-        if func in _METADATA:
+        if func in _METADATA or (func is Tensor.type and len(args) == 1 and not kwargs):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))

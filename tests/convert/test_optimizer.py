@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import tensorlayers as tl
 from tensorlayers import ConversionError, LowRank, Tucker, convert_model
@@ -125,6 +126,56 @@ def test_the_projections_of_attention():
     assert members[0] | members[1] == set(names.values())
     assert all("bias" in name for name in members[1])
     assert not any("bias" in name for name in members[0])
+
+
+def test_each_projection_of_attention_follows_its_own_weight():
+    model = nn.MultiheadAttention(16, 4, kdim=8, vdim=12)
+    optimizer = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.1)
+    owners = [name for name, _ in model.named_parameters()]
+    converted = convert_model(model, LowRank(4), force=True, optimizer=optimizer)
+    names = {id(p): name for name, p in converted.named_parameters()}
+    for owner, group in zip(owners, optimizer.param_groups, strict=True):
+        cores = {names[id(p)] for p in group["params"] if "cores" in names[id(p)]}
+        part = owner.removesuffix("_weight").removesuffix(".weight")
+        assert cores == (set() if "bias" in owner else {f"{part}.cores.0", f"{part}.cores.1"})
+
+
+def _doubled():
+    layer = nn.Linear(16, 16)
+    parametrize.register_parametrization(layer, "bias", nn.Softplus(), unsafe=True)
+    parametrize.register_parametrization(layer, "weight", nn.Tanh(), unsafe=True)
+    return layer
+
+
+def _pruned():
+    layer = prune.l1_unstructured(nn.Linear(16, 16), "weight", 0.5)
+    return prune.l1_unstructured(layer, "bias", 0.5)
+
+
+@pytest.mark.parametrize("build", [_doubled, _pruned])
+@both_ways
+def test_weights_and_biases_that_were_computed_stay_in_their_groups(build, inplace):
+    model = nn.Sequential(build(), nn.Tanh(), nn.Linear(16, 16))
+    named = list(model.named_parameters())
+    both = [[p for name, p in named if ("bias" in name) == bias] for bias in (False, True)]
+    optimizer = torch.optim.SGD([{"params": group} for group in both], lr=0.1)
+    converted = convert_model(model, {"0": LowRank(4)}, fold=True, force=True, optimizer=optimizer, inplace=inplace)
+    names = {id(p): name for name, p in converted.named_parameters()}
+    assert [{names[id(p)] for p in group["params"]} for group in optimizer.param_groups] == [
+        {"0.cores.0", "0.cores.1", "2.weight"},
+        {"0.bias", "2.bias"},
+    ]
+
+
+def test_an_optimizer_of_named_parameters_knows_the_new_names():
+    model, other = net(), nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([*model.named_parameters(), ("other", other)])
+    train(model, optimizer)
+    converted = convert_model(model, {"first": LowRank(4)}, force=True, optimizer=optimizer)
+    names = {id(p): name for name, p in converted.named_parameters()} | {id(other): "other"}
+    (group,) = optimizer.param_groups
+    assert group["param_names"] == [names[id(p)] for p in group["params"]]
+    optimizer.load_state_dict(optimizer.state_dict())
 
 
 def test_what_the_optimizer_does_not_train_it_does_not_train_afterwards():

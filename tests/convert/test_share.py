@@ -158,6 +158,7 @@ def test_embeddings_and_convolutions_are_shared_too():
         ({PARTS: Tucker(2), r"re:.*\.query": Tucker(2)}, "is in 're:blocks"),
         ({r"re:blocks\.0\.(?:query|out)|wide": Tucker(2)}, "'wide' is unlike 'blocks.0.query'"),
         ({r"re:blocks\.0\.query|half": Tucker(2)}, "'half' differs from 'blocks.0.query'"),
+        ({r"re:blocks\.0\.query|frozen": Tucker(2)}, "all weights are frozen or none; 'frozen' differs"),
         ({r"re:blocks\.0\.query|lazy": Tucker(2)}, "'lazy' cannot be converted: lazy"),
         ([PARTS], "share: a mapping"),
     ],
@@ -166,6 +167,7 @@ def test_bad_requests_are_refused(share, message):
     model = Net()
     model.wide = nn.Linear(24, 48)
     model.half = nn.Linear(24, 24).bfloat16()
+    model.frozen = nn.Linear(24, 24).requires_grad_(False)
     model.lazy = nn.LazyLinear(24)
     with pytest.raises(ConversionError, match=message):
         convert_model(model, share=share)

@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
+import tensorlayers as tl
 from tensorlayers import BTT, CP, TT, ConversionPlan, LowRank, Tucker, convert_model, plan_conversion
 from tensorlayers.errors import ConversionError, FormatError, ModeError, RankError, TensorlayersError
 from tensorlayers.plan import VERSION
@@ -221,3 +222,92 @@ def test_any_value_replaced_by_junk_is_refused_or_harmless(path, junk):
         convert_model(model, plan)
     except TensorlayersError:
         assert _factorized(model) == {}
+
+
+def _every_kind():
+    return nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(30, 16, padding_idx=3),
+            "bag": nn.EmbeddingBag(30, 16, mode="sum"),
+            "conv": nn.Conv2d(8, 8, (3, 5), padding=(1, 2), groups=2),
+            "transpose": nn.ConvTranspose1d(8, 8, 3, stride=2, output_padding=1),
+            "same": nn.Conv1d(8, 8, 3, padding="same", padding_mode="circular"),
+            "attention": nn.MultiheadAttention(16, 2),
+            "one": nn.Linear(16, 16),
+            "two": nn.Linear(16, 16),
+        }
+    )
+
+
+def _every_plan():
+    return plan_conversion(_every_kind(), {"re:.*": LowRank(2)}, share={"re:one|two": TT(2)}, force=True, errors=False)
+
+
+def test_a_plan_of_every_layer_kind_survives_json():
+    plan = _every_plan()
+    again = ConversionPlan.from_json(plan.to_json())
+    assert list(again) == list(plan)
+    assert len(again.converted) == len(plan)
+    assert all(
+        entry.settings == plan[entry.name].settings for entry in tl.summarize(convert_model(_every_kind(), again))
+    )
+
+
+def _edited(**fields):
+    """The plan of every kind, with fields of the first of the two layers that share cores replaced."""
+    data = json.loads(_every_plan().to_json())
+    next(layer for layer in data["layers"] if layer["name"] == "one").update(fields)
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rule"),
+    [
+        ({"stack": None}, "stack and share go together"),
+        ({"share": ""}, "stack and share go together"),
+        ({"stack": [1, 0]}, "stack is"),
+        ({"stack": [3, 0]}, "all there, in order"),
+        ({"format": {"name": "tt", "rank": 3}}, "one format for all"),
+        ({"format": None}, "all there, in order"),
+    ],
+    ids=str,
+)
+def test_a_group_of_layers_is_edited_together_or_not_at_all(fields, rule):
+    with pytest.raises(ConversionError, match=rule):
+        convert_model(_every_kind(), ConversionPlan.from_json(_edited(**fields)))
+
+
+def test_layers_that_are_no_group_are_refused():
+    plan = plan_conversion(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 24)), LowRank(2), errors=False)
+    data = json.loads(plan.to_json())
+    for position, layer in enumerate(data["layers"]):
+        layer.update(stack=[2, position], share="all")
+    with pytest.raises(ConversionError, match="'1' is unlike '0'"):
+        convert_model(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 24)), ConversionPlan.from_json(json.dumps(data)))
+
+
+def test_a_layer_of_another_kind_is_refused():
+    plan = plan_conversion(nn.Sequential(nn.Embedding(30, 16)), LowRank(2), force=True, errors=False)
+    with pytest.raises(ConversionError, match="'0' is of kind 'linear'; in the plan 'embedding'"):
+        convert_model(nn.Sequential(nn.Linear(16, 30)), plan)
+
+
+EVERY = json.loads(_every_plan().to_json())
+STEPS = [path for path in places(EVERY) if "settings" in path]
+
+
+@given(path=st.sampled_from(STEPS), junk=JUNK)
+@example(path=("layers", 0, "settings", "padding_idx"), junk=float("nan"))
+@example(path=("layers", 1, "settings", "padding_idx"), junk=float("nan"))
+@example(path=("layers", 2, "settings", "stride"), junk=0)
+@example(path=("layers", 2, "settings", "stride"), junk=float("nan"))
+@example(path=("layers", 2, "settings", "dilation", 1), junk=float("inf"))
+@example(path=("layers", 3, "settings", "stride", 0), junk="x")
+@example(path=("layers", 3, "settings", "stride", 0), junk={})
+def test_junk_in_the_settings_of_any_layer_is_refused_or_harmless(path, junk):
+    try:
+        plan = ConversionPlan.from_json(json.dumps(replaced(EVERY, path, junk)))
+        convert_model(_every_kind(), plan)
+    except TensorlayersError:
+        return
+    assert list(ConversionPlan.from_json(plan.to_json())) == list(plan)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tensorlayers import BTT, TT, ConversionPlan, LowRank, Tucker, plan_conversion
-from tensorlayers.plan import Entry
+from tensorlayers.entry import Entry
 from tests.plan.support import _model, _small
 
 

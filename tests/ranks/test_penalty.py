@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from tensorlayers import CP, TT, FactorizedLinear, LowRank, NetworkError, Tucker, prune_ranks, rank_penalty
+from tensorlayers import (
+    CP,
+    TT,
+    FactorizedLinear,
+    LowRank,
+    NetworkError,
+    TensorContraction,
+    Tucker,
+    prune_ranks,
+    rank_penalty,
+)
 from tensorlayers.testing import assert_close
 from tests.ranks.support import FORMATS, layer_of, stacked
 
@@ -87,6 +97,15 @@ def test_half_precision_is_summed_in_single():
     penalty = rank_penalty(layer)
     assert penalty.dtype == torch.float32
     assert_close(penalty, rank_penalty(layer.double()), torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["group", "l1"])
+def test_a_network_without_a_bond_has_none(kind):
+    layer = TensorContraction((3, 4), (2, 5))
+    penalty = rank_penalty(layer, kind)
+    assert penalty.item() == 0
+    penalty.backward()
+    assert not layer.cores[0].grad.any()
 
 
 def test_other_kinds_are_refused():

@@ -165,6 +165,8 @@ def test_other_tolerances_are_refused(tolerance):
         ({"r1": [-1]}, RankError, "below 4"),
         ({"r1": [1, 0]}, RankError, "ascending"),
         ({"r1": [1, 1]}, RankError, "ascending"),
+        ({"r1": [0.0]}, RankError, "ascending"),
+        ({"r1": torch.tensor([0, 2])}, RankError, "ascending"),
     ],
 )
 def test_wrong_positions_are_refused(positions, error, offender):

@@ -190,6 +190,30 @@ MISFITS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("dense", "other", "named"),
+    [
+        (nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, stride=2), "stride"),
+        (nn.Conv2d(8, 8, 3, padding="same"), nn.Conv2d(8, 8, 3, padding=1), "padding"),
+        (nn.Embedding(32, 8, padding_idx=0), nn.Embedding(32, 8), "padding_idx"),
+    ],
+)
+def test_a_layer_of_other_settings_is_refused(dense, other, named, tmp_path):
+    save_pretrained(convert_model(nn.Sequential(dense), LowRank(2), force=True), tmp_path)
+    load_pretrained(tmp_path, nn.Sequential(dense))
+    with pytest.raises(CheckpointError, match=f"layer '0'.*{named}"):
+        load_pretrained(tmp_path, nn.Sequential(other))
+
+
+@pytest.mark.parametrize("key", ["buffers", "transient", "unpacked"])
+@pytest.mark.parametrize("junk", [5, None, [], {}], ids=str)
+def test_a_list_of_names_that_are_none_is_refused(key, junk, saved):
+    _write(saved, _index(saved) | {key: [junk]})
+    for read in (load_pretrained, tl.serialize.inspect):
+        with pytest.raises(CheckpointError, match=key):
+            read(saved)
+
+
 @pytest.mark.parametrize("case", MISFITS)
 def test_a_model_that_does_not_fit(case, saved):
     build, named = MISFITS[case]

@@ -2,85 +2,19 @@
 
 import copy
 import dataclasses
+import json
 import pickle
 import warnings
 
+import numpy
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 import tensorlayers as tl
-from tensorlayers import CP, TT, LowRank, NetworkError, TensorlayersError, Tucker, convolution, layers
-from tensorlayers.convolution import Window
-from tensorlayers.formats import available
-from tensorlayers.network import Axis
+from tensorlayers import CP, TT, LowRank, NetworkError, Tucker
 from tensorlayers.testing import EXACT, INITIAL_STD, assert_close, check_layer
-
-KINDS = {cls.kind: cls for cls in layers.layer_types() if cls.kind.startswith("conv")}
-VARIANTS = [cls(3) for _, cls in sorted(available().items())] + [Tucker(2, spatial=True), LowRank(3, split="spatial")]
-FORMATS = [pytest.param(format, id=str(format)) for format in VARIANTS]
-every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-
-
-def example(cls, format, channels=(6, 8), kernel=3, dtype=None, **options):
-    return cls(*channels, kernel, format=format, dtype=dtype, **options)
-
-
-def image(layer, batch=2, size=9, dtype=None):
-    return torch.randn(batch, layer.in_channels, *(size,) * layer.dimensions, dtype=dtype)
-
-
-@st.composite
-def convolutions(draw):
-    """A convolution with random options, of every kind and format, and an input."""
-    cls = draw(st.sampled_from(list(KINDS.values())))
-    count = cls.dimensions
-
-    def each(values):
-        return draw(st.one_of(st.sampled_from(values), st.tuples(*[st.sampled_from(values)] * count)))
-
-    groups = draw(st.sampled_from([1, 1, 2, 3]))
-    channels = [groups * draw(st.sampled_from([1, 2, 5, 7])) for _ in range(2)]
-    options = {
-        "kernel_size": each([1, 2, 3, 4]),
-        "stride": each([1, 2, 3]),
-        "padding": each([0, 1, 2]),
-        "dilation": each([1, 2]),
-        "groups": groups,
-        "bias": draw(st.booleans()),
-    }
-    if not cls.transposed:
-        options["padding_mode"] = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
-        if draw(st.booleans()):
-            options["padding"] = draw(st.sampled_from(["same", "valid"]))
-            options["stride"] = 1 if options["padding"] == "same" else options["stride"]
-    elif draw(st.booleans()):
-        options["output_padding"] = draw(st.integers(0, 1))
-        options["dilation"] = 2
-    format = draw(st.sampled_from(VARIANTS))
-    if draw(st.booleans()):
-        sizes = [channel // groups for channel in channels]
-        splits = {side: (2, -(-size // 2)) for side, size in zip(("in_modes", "out_modes"), sizes, strict=True)}
-        format = dataclasses.replace(format, **splits)
-    lead = draw(st.sampled_from([(2,), (1,), ()]))
-    lengths = draw(st.tuples(*[st.integers(7, 9)] * count))
-    return cls, channels, options, format, (*lead, channels[0], *lengths)
-
-
-@given(convolutions())
-def test_any_options_against_the_dense_layer(drawn):
-    cls, channels, options, format, shape = drawn
-    try:
-        layer = cls(*channels, **options, format=format)
-    except TensorlayersError:
-        # A format that has no bond left on such a small kernel; the dense layer is what there is.
-        assert options["kernel_size"] in (1, (1,) * cls.dimensions)
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's: 'same' with an even kernel copies the input
-        check_layer(layer, torch.randn(shape))
+from tests.conv.support import FORMATS, KINDS, VARIANTS, every_kind, example, image
 
 
 @every_kind
@@ -222,6 +156,36 @@ def test_compile_export_and_transforms(kind, format):
     assert_close(torch.func.vmap(layer)(x), layer(x), torch.float32)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_sizes_that_a_graph_leaves_open_compile_it_as_seldom_as_the_dense_layer(format):
+    layers = [example(tl.FactorizedConv2d, format, (6, 6), stride=2, padding=1) for _ in range(3)]
+    model = nn.Sequential(*layers, example(tl.FactorizedConvTranspose2d, format, (6, 6)))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs[-1] += 1
+        return graph.forward
+
+    for each in (model, tl.to_dense(model)):
+        graphs.append(0)
+        torch._dynamo.reset()
+        compiled = torch.compile(each, fullgraph=True, backend=backend)
+        for batch, size in [(2, 8), (3, 16), (2, 40), (5, 33), (4, 100), (2, 160)]:
+            x = torch.randn(batch, 6, size, size + 3)
+            assert_close(compiled(x), each(x), torch.float32)
+    assert graphs[0] <= graphs[1]
+
+
+def test_a_tuple_of_one_entry_is_for_all_dimensions_as_in_torch():
+    options = {"stride": (2,), "padding": (2,), "dilation": (2,)}
+    check_layer(tl.FactorizedConv2d(4, 6, 3, **options, format=Tucker(2)), torch.randn(1, 4, 9, 9))
+    dense = nn.Conv2d(4, 6, 3, **options)
+    layer = tl.FactorizedConv2d.from_dense(dense, Tucker(10**6))
+    x = torch.randn(1, 4, 9, 9)
+    assert_close(layer(x), dense(x), torch.float32)
+    assert layer.stride == (2, 2)
+
+
 @every_kind
 def test_copies_states_and_devices(kind):
     layer = example(kind, TT(2), groups=2)
@@ -271,6 +235,10 @@ def test_attributes_are_those_of_torch(kind):
         ((4, 4, 0), {}, "kernel_size: an integer of at least 1; got 0"),
         ((4, 4, 3), {"stride": 0}, "stride: an integer of at least 1; got 0"),
         ((4, 4, 3), {"dilation": -1}, "dilation: an integer of at least 1; got -1"),
+        ((4, 4, (3,)), {}, r"kernel_size \(3,\): one entry for each of 2 dimensions; got 1"),
+        ((4, 4, (3, 3, 3)), {}, r"kernel_size \(3, 3, 3\): one entry for each of 2 dimensions; got 3"),
+        ((4, 4, 3), {"stride": (1, 1, 1)}, r"stride \(1, 1, 1\): one entry for each of 2 dimensions; got 3"),
+        ((4, 4, 3), {"padding": (2, 1, 1)}, r"padding \(2, 1, 1\): one entry for each of 2 dimensions; got 3"),
         ((4, 6, 3), {"groups": 3}, "divisible by groups"),
         ((4, 4, 3), {"padding": "full"}, "Invalid padding string"),
         ((4, 4, 3), {"padding": "same", "stride": 2}, "not supported for strided"),
@@ -294,75 +262,20 @@ def test_bad_input_is_refused(kind):
         kind.from_dense(nn.Linear(4, 4), LowRank(2))
 
 
-class TestPlan:
-    """The order of the convolutions."""
-
-    AXES = (Axis("out", 64), Axis("in", 32), Axis("kernel", 3), Axis("kernel", 3))
-
-    def plan(self, format, stride=(1, 1), positions=4096, axes=AXES, kernel=(3, 3), transposed=False):
-        return convolution.conv_plan(format.resolve(axes)[0], kernel, stride, (), transposed, positions)
-
-    def test_tucker_is_1x1_kxk_1x1(self):
-        steps = self.plan(Tucker((16, 8))).steps
-        assert [step.kernel for step in steps] == [(), ("k1", "k2"), ()]
-        assert [step.groups for step in steps] == [(), (), ()]
-        assert self.plan(Tucker((16, 8))).macs == 4096 * (32 * 8 + 8 * 16 * 9 + 16 * 64)
-
-    def test_cp_is_1x1_depthwise_1x1_with_the_spatial_factors_merged_where_that_is_cheaper(self):
-        small = (*self.AXES[:2], Axis("kernel", 2), Axis("kernel", 2))
-        steps = self.plan(CP(16), axes=small, kernel=(2, 2)).steps
-        assert [step.groups for step in steps] == [(), ("r",), ()]
-        assert steps[1].kernel == ("k1", "k2")
-        wide = (*self.AXES[:2], Axis("kernel", 9), Axis("kernel", 9))
-        apart = self.plan(CP(16), axes=wide, kernel=(9, 9)).steps
-        assert [step.kernel for step in apart] == [(), ("k1",), ("k2",), ()]
-
-    def test_tt_is_a_pipeline(self):
-        wide = (*self.AXES[:2], Axis("kernel", 9), Axis("kernel", 9))
-        steps = self.plan(TT((4, 4, 4)), axes=wide, kernel=(9, 9)).steps
-        assert [step.kernel for step in steps] == [(), ("k1",), ("k2",), ()]
-        assert all(not step.groups and not step.lead for step in steps)
-
-    def test_low_rank_spatial_is_kx1_1xk(self):
-        steps = self.plan(LowRank(16, split="spatial")).steps
-        assert [step.kernel for step in steps] == [("k1",), ("k2",)]
-
-    def test_the_dense_kernel_is_built_where_that_is_cheaper(self):
-        assert len(self.plan(CP(300)).steps) < 4
-        steps = self.plan(Tucker((64, 32))).steps
-        assert len(steps) == 1
-        assert steps[0].cores == (0, 1, 2)
-
-    def test_a_stride_is_taken_as_early_as_it_can(self):
-        one, two = (self.plan(LowRank(16, split="spatial"), stride) for stride in [(1, 1), (2, 2)])
-        assert one.macs == 4096 * (32 * 16 * 3 + 16 * 64 * 3)
-        assert two.macs == 2048 * 32 * 16 * 3 + 1024 * 16 * 64 * 3
-
-    def test_transposed_steps_grow_late(self):
-        plan = self.plan(Tucker((4, 8)), stride=(2, 2), transposed=True)
-        assert plan.macs == 4096 * (32 * 8 + 8 * 4 * 9) + 4 * 4096 * 4 * 64
-
-    def test_many_cores_are_reduced_first(self):
-        axes = (Axis("out", 64), Axis("in", 64), Axis("kernel", 3))
-        network = Tucker(2, in_modes=(2,) * 6, out_modes=(2,) * 6).resolve(axes)[0]
-        assert len(network.cores) == 13
-        plan = convolution.conv_plan(network, (3,), (1,), (), False, 256)
-        assert sorted(core for step in plan.steps for core in step.cores) == list(range(13))
-
-    def test_no_more_macs_than_dense_and_than_the_chain(self):
-        for format in VARIANTS:
-            plan = self.plan(dataclasses.replace(format, rank=0.2))
-            assert plan.macs <= 1.05 * 4096 * 64 * 32 * 9
-
-    def test_a_window_without_padding_or_stride_is_plain(self):
-        window = Window((1, 1, 3), (1, 2, 2), ((0, 0), (0, 0), (1, 1)), (1, 1, 1))
-        assert window.plain == (1,)
-
-
 def test_a_kernel_mode_of_a_pointwise_convolution_is_left_out():
     layer = tl.FactorizedConv2d(8, 8, 1, stride=2, padding=1, format=TT(2))
     assert layer.network.names("kernel") == ()
     check_layer(layer, torch.randn(2, 8, 5, 5))
+
+
+def test_integers_of_numpy_are_sizes_as_in_torch():
+    four, two = numpy.int64(4), numpy.int32(2)
+    for layer in (
+        tl.FactorizedConv2d(four, four, (3, two), two, two, groups=two, format=LowRank(1)),
+        tl.FactorizedConv2d.from_dense(nn.Conv2d(four, four, (3, two), two, two, groups=two), LowRank(1)),
+    ):
+        expected = tl.FactorizedConv2d(4, 4, (3, 2), 2, 2, groups=2, format=LowRank(1))
+        assert json.dumps(layer.config()) == json.dumps(expected.config())
 
 
 def test_layers_factorized_jointly_share_their_cores():

@@ -1,0 +1,232 @@
+"""Entry: what becomes of one layer of a model, and what that costs; as plain data too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .errors import ConversionError, TensorlayersError
+from .formats import Format, from_dict
+from .layers import FactorizedLayer, Settings, layer_type, layer_types
+from .network import Axis, Network, modes_by_axis
+
+ROWS = 1024
+"""Rows in the batch at which MACs are stated and compared, per row: a token; of a convolution a position."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What becomes of one layer.
+
+    Parameters
+    ----------
+    name : str
+        The module's name in the model; `aliases` are its other names where it is shared.
+    kind : str
+        The dense layer's kind, for instance ``Linear``.
+    layer : str
+        The kind of the factorized layer that would replace it, for instance ``linear``.
+    settings : dict
+        What the layer is built with, as plain data; empty where it has no shape yet (lazy) or hides it (quantized).
+    format : Format or None
+        What it is converted to; None where it stays dense.
+    network : Network or None
+    parameters, macs : tuple of int
+        Before and after. Parameters of the weight, of shared cores an equal part; MACs a row, in a batch of 1024
+        rows.
+    stack : (int, int) or None
+        Where the layer is factorized jointly with others: how many they are, and its position among them.
+    share : str
+        The name of that group of layers; empty where there is none.
+    fold : bool
+        Whether the layer's weight is computed (weight norm, ...) and folded to a plain one first.
+    error : float or None
+        Relative error of the weight, where it has been computed.
+    reason : str
+        Why the layer stays dense; empty where it is converted.
+    blocked : bool
+        The reason is one that no `force` overrides (tied, parametrized, ...).
+    notes : tuple of str
+        What was clamped or padded.
+    """
+
+    name: str
+    kind: str
+    layer: str
+    settings: Settings = field(default_factory=dict)
+    format: Format | None = None
+    network: Network | None = None
+    parameters: tuple[int, int] = (0, 0)
+    macs: tuple[int, int] = (0, 0)
+    error: float | None = None
+    reason: str = ""
+    blocked: bool = False
+    notes: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    stack: tuple[int, int] | None = None
+    share: str = ""
+    fold: bool = False
+
+    def __post_init__(self) -> None:
+        if self.parameters == (0, 0) and self.settings:
+            size = math.prod(self.shape)
+            object.__setattr__(self, "parameters", (size, size))
+            macs = layer_type(self.layer).dense_cost(self.settings, ROWS).macs // ROWS
+            object.__setattr__(self, "macs", (macs, macs))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense weight as torch stores it; empty where it has none yet or hides it."""
+        return layer_type(self.layer).shape_of(self.settings) if self.settings else ()
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes of the dense weight."""
+        return layer_type(self.layer).axes_of(self.settings)
+
+    @property
+    def converted(self) -> bool:
+        """Whether the layer is factorized."""
+        return self.format is not None
+
+    def dense(self, reason: str, blocked: bool = False) -> Entry:
+        """This layer left dense."""
+        return replace(
+            self,
+            format=None,
+            network=None,
+            parameters=(self.parameters[0],) * 2,
+            macs=(self.macs[0],) * 2,
+            error=None,
+            notes=(),
+            reason=reason,
+            blocked=blocked,
+            stack=None,
+            share="",
+        )
+
+    def with_format(self, format: Format) -> Entry:
+        """This layer converted to a format, whatever it costs.
+
+        Raises
+        ------
+        RankError, ModeError, FormatError
+            Where the format does not fit the shape.
+        """
+        layer = layer_type(self.layer)
+        count, position = self.stack or (1, 0)
+        network, clamped = layer.resolve(format, self.settings, self.stack and count)
+        own = network.without(network.names("stack"))
+        factorized = layer.factorized_cost(own, self.settings, ROWS)
+        part, rest = divmod(network.num_parameters, count)
+        return replace(
+            self,
+            format=format,
+            network=network,
+            parameters=(self.parameters[0], part + (position < rest)),
+            macs=(self.macs[0], factorized.macs // ROWS),
+            error=None,
+            reason="",
+            notes=(*clamped, *_padding(network, self.axes)),
+        )
+
+
+def entry_of(name: str, layer: FactorizedLayer, aliases: tuple[str, ...] = (), share: str = "") -> Entry:
+    """The entry of a layer that is factorized already."""
+    settings = layer.settings_of(layer)
+    entry = Entry(name, layer.source, layer.kind, settings, aliases=aliases, stack=layer.stack, share=share)
+    return replace(entry.with_format(layer.format.pin(layer.network)), error=layer.error)
+
+
+def _padding(network: Network, axes: Sequence[Axis]) -> Iterator[str]:
+    for axis, modes in zip(axes, modes_by_axis(axes, network), strict=True):
+        padded = math.prod(mode.size for mode in modes)
+        if padded > axis.size:
+            sizes = " x ".join(str(mode.size) for mode in modes)
+            yield f"{axis.role} {axis.size} padded to {padded} = {sizes}"
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a number of something: an integer of at least 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_counts(value: object, lengths: tuple[int, ...]) -> bool:
+    return isinstance(value, list) and len(value) in lengths and all(is_count(item) for item in value)
+
+
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "name": ("a string", lambda v: isinstance(v, str)),
+    "kind": ("a string", lambda v: isinstance(v, str)),
+    "layer": ("a layer kind", lambda v: any(v == cls.kind for cls in layer_types())),
+    # A layer whose shape is hidden (lazy, quantized) has none.
+    "settings": ("an object", lambda v: isinstance(v, dict)),
+    "parameters": ("two counts", lambda v: _is_counts(v, (2,))),
+    "macs": ("two counts", lambda v: _is_counts(v, (2,))),
+    "error": (
+        "a number or null",
+        lambda v: v is None or (isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < math.inf),
+    ),
+    "format": ("an object or null", lambda v: v is None or isinstance(v, dict)),
+    "reason": ("a string", lambda v: isinstance(v, str)),
+    "blocked": ("true or false", lambda v: isinstance(v, bool)),
+    "aliases": ("a list of strings", lambda v: isinstance(v, list) and all(isinstance(item, str) for item in v)),
+    "stack": ("(layers, position) or null", lambda v: v is None or (_is_counts(v, (2,)) and v[1] < v[0] > 1)),
+    "share": ("a string", lambda v: isinstance(v, str)),
+    "fold": ("true or false", lambda v: isinstance(v, bool)),
+}
+_OPTIONAL: dict[str, Any] = {
+    "error": None,
+    "format": None,
+    "reason": "",
+    "blocked": False,
+    "aliases": [],
+    "stack": None,
+    "share": "",
+    "fold": False,
+}
+
+
+def read_entry(item: Mapping[str, Any]) -> Entry:
+    """An entry from plain data; its costs are computed anew.
+
+    Raises
+    ------
+    ConversionError
+        If a field is missing or malformed; the layer is named.
+    RankError, ModeError, FormatError
+        If the format is wrong or does not fit.
+    """
+    item = {**_OPTIONAL, **item}
+    where = f"plan: layer {item.get('name')!r}"
+    for key, (rule, holds) in _FIELDS.items():
+        if key not in item:
+            raise ConversionError(f"{where}: {key} is missing")
+        if not holds(item[key]):
+            raise ConversionError(f"{where}: {key} is {rule}; got {item[key]!r}")
+    if (item["stack"] is None) != (item["share"] == ""):
+        raise ConversionError(f"{where}: stack and share go together; got {item['stack']} and {item['share']!r}")
+    try:
+        entry = Entry(
+            name=item["name"],
+            kind=item["kind"],
+            layer=item["layer"],
+            settings=layer_type(item["layer"]).read_settings(item["settings"]) if item["settings"] else {},
+            aliases=tuple(item["aliases"]),
+            stack=None if item["stack"] is None else tuple(item["stack"]),
+            share=item["share"],
+            fold=item["fold"],
+        )
+    except TensorlayersError as error:
+        raise ConversionError(f"{where}: settings: {error}") from None
+    if item["format"] is None:
+        return entry.dense(item["reason"], item["blocked"])
+    if not entry.settings:
+        raise ConversionError(f"{where}: format: a layer without a shape stays dense")
+    try:
+        converted = entry.with_format(from_dict(item["format"]))
+    except TensorlayersError as error:
+        raise type(error)(f"{where}: format: {error}") from None
+    return replace(converted, error=item["error"] if item.get("error_of") == item["format"] else None)
