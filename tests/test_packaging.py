@@ -34,6 +34,7 @@ ORDER = [
     {"convolution", "gather"},
     {"conv_search"},
     {"formats"},
+    {"fit"},
     {"decompose", "rank", "rounding", "tensorize"},
     {"contraction", "precision"},
     {"cost"},

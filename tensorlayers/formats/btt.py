@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from .. import tensorize
-from ..decompose import sequential_svd
+from ..fit import sequential_svd
 from ..network import Axis, Mode, Network
 from .base import Format, names_by_role
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..decompose import cp
+from ..fit import cp
 from ..network import Mode, Network
 from .base import Format
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..decompose import sequential_svd
 from ..errors import FormatError
+from ..fit import sequential_svd
 from ..network import Mode, Network
 from .base import Format, names_by_role
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..decompose import tucker
+from ..fit import tucker
 from ..network import Mode, Network
 from .base import Format, names_by_role
 
