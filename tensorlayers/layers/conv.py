@@ -131,7 +131,8 @@ class _FactorizedConv(FactorizedLayer):
     def factorized_cost(cls, network: Network, settings: Mapping[str, Any], rows: int) -> Cost:
         """As `dense_cost`; borders are not counted."""
         kernel, stride = tuple(settings["kernel_size"]), tuple(settings["stride"])
-        plain = tuple(d for d, size in enumerate(kernel) if size == 1 and stride[d] > 1)
+        count = cls.dimensions
+        plain = Window(kernel, stride, ((0, 0),) * count, (1,) * count).plain
         positions = rows if cls.transposed else rows * math.prod(stride)
         return convolution.conv_plan(network, kernel, stride, plain, cls.transposed, positions).cost
 
