@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -221,7 +222,7 @@ def _step(search: Search, order: tuple[str, ...], done: frozenset[int], cores: f
 def plan_for(network: Network, window: Window, positions: int) -> ConvPlan:
     """The plan for an input of this many positions, by their class."""
     classed = _positions_class(positions)
-    return _constant(network, window.kernel_size, window.stride, window.plain, window.transposed, classed)
+    return _planned(network, (window.kernel_size, window.stride, window.plain, window.transposed, classed))
 
 
 def _positions_class(positions: int) -> int:
@@ -238,15 +239,8 @@ def _positions_class(positions: int) -> int:
 
 
 @constant_when_compiled
-def _constant(
-    network: Network,
-    kernel_size: tuple[int, ...],
-    stride: tuple[int, ...],
-    plain: tuple[int, ...],
-    transposed: bool,
-    positions: int,
-) -> ConvPlan:
-    return conv_plan(network, kernel_size, stride, plain, transposed, positions)
+def _planned(network: Network, rest: tuple[Any, ...]) -> ConvPlan:
+    return conv_plan(network, *rest)
 
 
 def execute(

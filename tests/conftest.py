@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.embedding import settings_of_the_lookup
+
 torch.set_num_threads(1)
 
 settings.register_profile(
@@ -19,3 +21,9 @@ settings.load_profile("tensorlayers")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=[False, True], ids=["", "sharing"])
+def sorting(request):
+    with settings_of_the_lookup(sharing=request.param):
+        yield
