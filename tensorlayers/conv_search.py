@@ -6,15 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import cache
 
-from . import contraction
+from . import contraction, conv_cost
 from .contraction import Plan
+from .conv_cost import Convolution
 from .cost import Cost, volume
+from .machine import machine
 from .network import Network
-
-_MOVED = 8
-"""FLOPs that an element moved counts as here. Depthwise steps are bound by memory: one of 3x3 takes less time than one
-of 3x1 and one of 1x3, in inference and in training, contiguous and channels-last; with 5x5 it is the other way round
-in training. Any number from 4 to 14 says so."""
 
 _EXACT = 8  # cores up to which every order is tried (3^8 pairs of subsets)
 
@@ -92,10 +89,37 @@ class Search:
         step = Cost(round(2 * taps * positions), round(moved) + volume(core, size))
         return step + (merge.cost if merge else Cost())
 
-    def score(self, done: frozenset[int], cores: frozenset[int]) -> int:
-        """What orders are compared by."""
-        cost = self.cost(done, cores)
-        return cost.flops + _MOVED * cost.elements
+    def convolution(self, done: frozenset[int], cores: frozenset[int], last: bool) -> Convolution:
+        """The sizes of a step; `last`: whether its input is channels-last. The result of all is to be contiguous."""
+        before, after, core = self.channels(done), self.channels(done | cores), self.merged(cores)
+        shared = (before & after).intersection(core)
+        lead = volume(before.difference(core), self.network.size)
+        groups, channels, new = (
+            volume(indices, self.network.size)
+            for indices in (shared, (before - after).intersection(core), (after - before).intersection(core))
+        )
+        dims = self.strided(cores, done)
+        return Convolution(
+            before=lead * self.extent(done),
+            after=lead * self.extent(done | cores),
+            groups=groups,
+            channels=channels,
+            new=new,
+            sides=tuple(self.network.size[index] for index in core if index in self.kernel),
+            mixes=not dims and groups == 1,
+            contiguous=(not last, not last or done | cores == self.everything),
+            transposed=self.transposed and bool(dims),
+        )
+
+    def score(self, cores: frozenset[int], work: Convolution) -> float:
+        """What orders are compared by: the time of a step in training, on a CPU, in float32."""
+        on = machine("cpu")
+        forward, back = conv_cost.seconds(work, on)
+        merge = self.merge(cores)
+        other = conv_cost.around(volume(self.merged(cores), self.network.size), on) + (
+            conv_cost.merging(merge.cost, len(merge.steps), on) if merge else 0.0
+        )
+        return forward + back + 3 * other
 
     def allowed(self, done: frozenset[int], cores: frozenset[int]) -> bool:
         """Whether a step makes sense: no kernel mode left over, no outer product."""
@@ -130,20 +154,26 @@ class Search:
         units = self.units()
         full = (1 << len(units)) - 1
         joined = [frozenset().union(*(u for k, u in enumerate(units) if mask >> k & 1)) for mask in range(full + 1)]
-        best: list[float] = [0.0] + [math.inf] * full
-        taken = [0] * (full + 1)
+        # By the cores that have met the input, and whether what came of it is channels-last: the time so far, and the
+        # cores of the last step with the layout that it found.
+        best: dict[tuple[int, bool], tuple[float, int, bool]] = {(0, False): (0.0, 0, False)}
         for mask in range(1, full + 1):
             part = mask
             while part:
                 rest = mask ^ part
-                if best[rest] < math.inf and self.allowed(joined[rest], joined[part]):
-                    score = best[rest] + self.score(joined[rest], joined[part])
-                    if score < best[mask]:
-                        best[mask], taken[mask] = score, part
+                layouts = [last for last in (False, True) if (rest, last) in best]
+                if layouts and self.allowed(joined[rest], joined[part]):
+                    for last in layouts:
+                        work = self.convolution(joined[rest], joined[part], last)
+                        score = best[rest, last][0] + self.score(joined[part], work)
+                        left = mask, last or work.mixes or work.uneven
+                        if left not in best or score < best[left][0]:
+                            best[left] = score, part, last
                 part = (part - 1) & mask
         steps: list[frozenset[int]] = []
-        mask = full
+        mask, last = min(((full, last) for last in (False, True) if (full, last) in best), key=lambda end: best[end][0])
         while mask:
-            steps.append(joined[taken[mask]])
-            mask ^= taken[mask]
+            _, part, last = best[mask, last]
+            steps.append(joined[part])
+            mask ^= part
         return steps[::-1]

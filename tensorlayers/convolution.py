@@ -7,55 +7,27 @@ This yields CP's 1x1, depthwise, 1x1, Tucker's 1x1, kxk, 1x1 and TT's pipeline.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import contraction
+from . import contraction, conv_cost
 from .contraction import Plan, constant_when_compiled
+from .conv_cost import Convolution
+from .conv_maps import Window as Window
+from .conv_maps import convolve, is_last, mix, permuted, with_layout
 from .conv_search import Search
 from .cost import Cost, volume
+from .machine import Machine
 from .network import Network
 
 POSITIONS_CLASSES = (16, 256, 4096, 65536)
 """Orders are chosen for these numbers of input positions (batch x spatial sizes); see `contraction.batch_class`."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """How a convolution moves over its input; one entry a spatial dimension.
-
-    Parameters
-    ----------
-    kernel_size, stride, dilation : tuple of int
-    padding : tuple of (int, int)
-        Before and after.
-    padding_mode : {"zeros", "reflect", "replicate", "circular"}
-    transposed : bool
-        The padding is then symmetric, and of zeros.
-    output_padding : tuple of int
-        Of a transposed convolution.
-    """
-
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
-    padding_mode: str = "zeros"
-    transposed: bool = False
-    output_padding: tuple[int, ...] = ()
-
-    @property
-    def plain(self) -> tuple[int, ...]:
-        """The dimensions of kernel size 1, which have no kernel mode, that are padded or strided all the same."""
-        extra = self.output_padding or (0,) * len(self.stride)
-        moves = zip(self.kernel_size, self.stride, self.padding, extra, strict=True)
-        return tuple(d for d, (k, s, p, e) in enumerate(moves) if k == 1 and (s > 1 or any(p) or e))
 
 
 @dataclass(frozen=True)
@@ -87,10 +59,14 @@ class Step:
         Where in `order` lead, groups and summed are; empty where they are in order already.
     counts : (int, int, int)
         The products of the sizes of lead, groups, and groups with summed.
-    transposed : bool
-        Whether torch's transposed convolution does it.
     core_order, weight_shape : tuple of int
         How the (merged) core becomes the weight that torch's convolution takes.
+    mixes : bool
+        Whether it is a product of channels at every position, with one matrix.
+    uneven : bool
+        Whether its groups have such numbers of channels that oneDNN convolves them well channels-last only.
+    work : Convolution
+        What its time is predicted from.
     """
 
     cores: tuple[int, ...]
@@ -107,9 +83,11 @@ class Step:
     sizes: tuple[int, ...]
     reorder: tuple[int, ...]
     counts: tuple[int, int, int]
-    transposed: bool
     core_order: tuple[int, ...]
     weight_shape: tuple[int, ...]
+    mixes: bool
+    uneven: bool
+    work: Convolution
 
 
 @dataclass(frozen=True)
@@ -121,21 +99,52 @@ class ConvPlan:
     steps : tuple of Step
     sizes, reorder : tuple of int
         As of a `Step`: how the channels that the last one leaves come in the order of the group and out modes.
+    dense : int
+        Elements of the dense kernel.
+    positions : int
+        The number of input positions that the order was chosen for.
     """
 
     steps: tuple[Step, ...]
     sizes: tuple[int, ...]
     reorder: tuple[int, ...]
+    dense: int
+    positions: int
 
     @property
     def cost(self) -> Cost:
-        """The cost of all steps, at the number of input positions that the order was chosen for."""
+        """The cost of all steps, at `positions`."""
         return sum((step.cost for step in self.steps), Cost())
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates."""
         return self.cost.macs
+
+    def seconds(self, on: Machine, positions: int, training: bool = False, itemsize: int = 4) -> float:
+        """The predicted time, with a margin.
+
+        Parameters
+        ----------
+        on : Machine
+        positions : int
+            Of the input.
+        training : bool
+            Whether the gradients are formed too, for which what lies between the steps is computed again.
+        itemsize : int
+            Bytes an element.
+        """
+        total, scale = on.function, positions / self.positions
+        for step in self.steps:
+            work = replace(step.work, before=scale * step.work.before, after=scale * step.work.after)
+            forward, back = conv_cost.seconds(work, on, itemsize)
+            if step.reorder or step.lead:  # the channels are copied into another order
+                forward += conv_cost.copying(work, on, itemsize)
+            merging = conv_cost.merging(step.merge.cost, len(step.merge.steps), on) if step.merge else 0.0
+            around = conv_cost.around(math.prod(step.weight_shape), on, itemsize)
+            again = 0.0 if step is self.steps[-1] else forward
+            total += forward + merging + around + (again + back + 3 * (merging + around) if training else 0.0)
+        return conv_cost.MARGIN * total
 
 
 @lru_cache(maxsize=4096)
@@ -147,7 +156,7 @@ def conv_plan(
     transposed: bool,
     positions: int,
 ) -> ConvPlan:
-    """Find the cheapest order by `Search.score`.
+    """Find the fastest order by `Search.score`.
 
     Parameters
     ----------
@@ -168,19 +177,24 @@ def conv_plan(
     search = Search(network, kernel_size, stride, plain, transposed, positions)
     order: tuple[str, ...] = (*network.names("group"), *network.names("in"))
     done: frozenset[int] = frozenset()
+    last = False
     steps = []
     for cores in search.order():
-        steps.append(_step(search, order, done, cores))
-        order, done = steps[-1].result, done | cores
+        work = search.convolution(done, cores, last)
+        steps.append(_step(search, order, done, cores, work))
+        order, done, last = steps[-1].result, done | cores, last or work.mixes or work.uneven
     wanted = (*network.names("group"), *network.names("out"))
-    return ConvPlan(tuple(steps), tuple(network.size[index] for index in order), _permutation(order, wanted))
+    sizes = tuple(network.size[index] for index in order)
+    return ConvPlan(tuple(steps), sizes, _permutation(order, wanted), math.prod(network.shape), positions)
 
 
 def _permutation(order: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[int, ...]:
     return () if order == wanted else tuple(order.index(index) for index in wanted)
 
 
-def _step(search: Search, order: tuple[str, ...], done: frozenset[int], cores: frozenset[int]) -> Step:
+def _step(
+    search: Search, order: tuple[str, ...], done: frozenset[int], cores: frozenset[int], work: Convolution
+) -> Step:
     network, size = search.network, search.network.size
     core, after = search.merged(cores), search.channels(done | cores)
     wanted = (*network.names("group"), *network.names("out"))
@@ -198,6 +212,8 @@ def _step(search: Search, order: tuple[str, ...], done: frozenset[int], cores: f
     taps = [1] * len(search.stride)
     for name in kernel:
         taps[search.dimension[name]] = size[name]
+    counts = (volume(lead, size), volume(groups, size), volume((*groups, *summed), size))
+    ends = volume(first, size), volume(second, size)
     return Step(
         cores=tuple(sorted(cores)),
         merge=merge,
@@ -212,10 +228,12 @@ def _step(search: Search, order: tuple[str, ...], done: frozenset[int], cores: f
         cost=search.cost(done, cores),
         sizes=tuple(size[index] for index in order),
         reorder=_permutation(order, (*lead, *groups, *summed)),
-        counts=(volume(lead, size), volume(groups, size), volume((*groups, *summed), size)),
-        transposed=transposed,
+        counts=counts,
         core_order=tuple(names.index(index) for index in (*groups, *first, *second, *kernel)),
-        weight_shape=(volume((*groups, *first), size), volume(second, size), *taps),
+        weight_shape=(counts[1] * ends[0], ends[1], *taps),
+        mixes=work.mixes,
+        uneven=work.uneven,
+        work=work,
     )
 
 
@@ -243,6 +261,44 @@ def _planned(network: Network, rest: tuple[Any, ...]) -> ConvPlan:
     return conv_plan(network, *rest)
 
 
+def weight_of(step: Step, cores: Sequence[Tensor]) -> Tensor:
+    """The (merged) core of a step as the weight that its convolution takes."""
+    parts = [cores[k] for k in step.cores]
+    core = parts[0] if step.merge is None else contraction.execute(step.merge, parts)
+    # Contiguous: a 1x1 weight with transposed strides passes for channels-last, and the output would follow it.
+    return core.permute(step.core_order).reshape(step.weight_shape).contiguous()
+
+
+def enter(step: Step, x: Tensor) -> Tensor:
+    """The input of a step as its convolution takes it: the channels in order, the leading indices a batch."""
+    if step.reorder:
+        x = permuted(x, step.sizes, step.reorder)
+    if step.lead:
+        return x.reshape(x.shape[0] * step.counts[0], step.counts[2], *x.shape[2:])
+    return with_layout(x, True) if step.uneven and x.device.type == "cpu" else x
+
+
+def leave(step: Step, x: Tensor) -> Tensor:
+    """The result of a step's convolution, the leading indices among the channels again."""
+    if not step.lead:
+        return x
+    return x.reshape(x.shape[0] // step.counts[0], step.counts[0] * x.shape[1], *x.shape[2:])
+
+
+def apply(
+    plan: ConvPlan, position: int, x: Tensor, weight: Tensor, window: Window, last: bool, bias: Tensor | None = None
+) -> Tensor:
+    """The convolution of a step on what `enter` gave; `last`: the layout wanted of the plan's result."""
+    step = plan.steps[position]
+    if not step.mixes:
+        return convolve(x, weight, window.along(step.dims), step.counts[1], bias)
+    if position + 1 < len(plan.steps):
+        following = plan.steps[position + 1]
+        # oneDNN convolves channels-last at full speed, and reorders what is contiguous before and after.
+        last = is_last(x) if following.mixes else x.device.type == "cpu" and x.dim() > 3 and not following.lead
+    return mix(x, weight.flatten(1), last, bias)
+
+
 def execute(
     plan: ConvPlan,
     x: Tensor,  # (batch, group and in modes joined, *spatial)
@@ -250,60 +306,25 @@ def execute(
     window: Window,
     bias: Tensor | None = None,  # (group and out modes joined,)
 ) -> Tensor:  # (batch, group and out modes joined, *spatial')
-    """Carry out a plan: one convolution a step, the bias with the last."""
-    batch = x.shape[0]
-    added = bias is None
-    for position, step in enumerate(plan.steps, 1):
-        lead, _, channels = step.counts
-        if step.reorder:
-            x = _reordered(x, step.sizes, step.reorder)
-        if step.lead:
-            x = x.reshape(batch * lead, channels, *x.shape[2:])
-        with_bias = position == len(plan.steps) and not step.lead and not plan.reorder
-        x = _convolve(x, _weight(step, cores), window, step, bias if with_bias else None)
-        added = added or with_bias
-        if step.lead:
-            x = x.reshape(batch, lead * x.shape[1], *x.shape[2:])
+    """Carry out a plan in one pass, by differentiable operations of torch: one convolution a step.
+
+    The bias is added with the last. The result is in the layout of `x`, contiguous or channels-last.
+    """
+    weights = [weight_of(step, cores) for step in plan.steps]
+    return convolved(plan, x, weights, window, None if bias is None else bias.to(x.dtype))
+
+
+def convolved(
+    plan: ConvPlan, x: Tensor, weights: Sequence[Tensor], window: Window, bias: Tensor | None = None
+) -> Tensor:
+    """`execute` on the weights of the steps; the bias in the dtype of `x`."""
+    last, ending = is_last(x), plan.steps[-1]
+    early = None if ending.lead or plan.reorder else bias
+    for position, (step, weight) in enumerate(zip(plan.steps, weights, strict=True)):
+        added = early if step is ending else None
+        x = leave(step, apply(plan, position, enter(step, x), weight, window, last, added))
     if plan.reorder:
-        x = _reordered(x, plan.sizes, plan.reorder)
-    if bias is not None and not added:
-        x = x + bias.to(x.dtype).view(-1, *(1 for _ in x.shape[2:]))
-    return x
-
-
-def _reordered(x: Tensor, sizes: tuple[int, ...], reorder: tuple[int, ...]) -> Tensor:
-    """The same channels, their indices in another order."""
-    count = len(sizes)
-    parts = x.reshape(x.shape[0], *sizes, *x.shape[2:])
-    axes = [1 + position for position in reorder]
-    return parts.permute(0, *axes, *range(1 + count, parts.dim())).flatten(1, count)
-
-
-def _weight(step: Step, cores: Sequence[Tensor]) -> Tensor:
-    """The weight of a step as torch's convolution takes it."""
-    parts = [cores[k] for k in step.cores]
-    core = parts[0] if step.merge is None else contraction.execute(step.merge, parts)
-    # Contiguous: a 1x1 weight with transposed strides passes for channels-last, and the output would follow it.
-    return core.permute(step.core_order).reshape(step.weight_shape).contiguous()
-
-
-def _convolve(x: Tensor, weight: Tensor, window: Window, step: Step, bias: Tensor | None) -> Tensor:
-    """One convolution that strides, dilates and pads the dimensions of its step only."""
-    count = len(window.stride)
-    groups = step.counts[1]
-    stride = [window.stride[d] if d in step.dims else 1 for d in range(count)]
-    dilation = [window.dilation[d] if d in step.dims else 1 for d in range(count)]
-    padding = [window.padding[d] if d in step.dims else (0, 0) for d in range(count)]
-    bias = None if bias is None else bias.to(x.dtype)
-    if step.transposed:
-        extra = [window.output_padding[d] if d in step.dims else 0 for d in range(count)]
-        transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[count - 1]
-        amount = [before for before, _ in padding]
-        return transposed(x, weight, bias, stride, amount, extra, groups, dilation)
-    if window.padding_mode != "zeros" or any(before != after for before, after in padding):
-        amounts = [amount for pair in reversed(padding) for amount in pair]
-        if any(amounts):
-            x = F.pad(x, amounts, mode="constant" if window.padding_mode == "zeros" else window.padding_mode)
-        padding = [(0, 0)] * count
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[count - 1]
-    return convolve(x, weight, bias, stride, [before for before, _ in padding], dilation, groups)
+        x = permuted(x, plan.sizes, plan.reorder)
+    if bias is not None and early is None:
+        x = x + bias.view(-1, *(1 for _ in x.shape[2:]))
+    return with_layout(x, last)

@@ -10,13 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import convolution, dispatch
+from .. import contraction, conv_cost, convolution, dispatch
+from ..conv_cost import Convolution
 from ..convolution import Window
 from ..cost import Cost
 from ..errors import NetworkError
 from ..formats import Format, LowRank
+from ..machine import Machine
 from ..network import Axis, Network
-from .base import FactorizedLayer
+from .dispatched import DispatchedLayer
 from .kind import Settings, check_sizes, plain
 
 _DEFAULT = LowRank(0.25)
@@ -24,7 +26,7 @@ _DEFAULT = LowRank(0.25)
 Size = int | tuple[int, ...]
 
 
-class _FactorizedConv(FactorizedLayer):
+class _FactorizedConv(DispatchedLayer):
     """What all convolutions share. `_settings` are torch's own attributes, in the order of its constructor."""
 
     _settings: ClassVar[tuple[str, ...]]
@@ -130,11 +132,53 @@ class _FactorizedConv(FactorizedLayer):
     @classmethod
     def factorized_cost(cls, network: Network, settings: Mapping[str, Any], rows: int) -> Cost:
         """As `dense_cost`; borders are not counted."""
+        return cls._plan(network, settings, cls._positions(settings, rows)).cost
+
+    @classmethod
+    def dense_seconds(
+        cls, settings: Mapping[str, Any], rows: int, machine: Machine, training: bool = False, itemsize: int = 4
+    ) -> float:
+        """The predicted time of the dense layer, of `rows` as in `dense_cost`."""
+        groups, scale = settings["groups"], math.prod(settings["stride"])
+        dense = Convolution(
+            before=rows if cls.transposed else rows * scale,
+            after=rows * scale if cls.transposed else rows,
+            groups=groups,
+            channels=settings["in_channels"] // groups,
+            new=settings["out_channels"] // groups,
+            sides=tuple(size for size in settings["kernel_size"] if size > 1),
+            transposed=cls.transposed,
+        )
+        # In groups it is predicted as fast as it can be: channels-last, and where they are narrow twice that.
+        forward, back = conv_cost.seconds(replace(dense, contiguous=(groups == 1,) * 2), machine, itemsize)
+        return (forward + (back if training else 0.0)) / (2 if dense.narrow else 1)
+
+    @classmethod
+    def factorized_seconds(
+        cls,
+        network: Network,
+        settings: Mapping[str, Any],
+        rows: int,
+        machine: Machine,
+        training: bool = False,
+        itemsize: int = 4,
+    ) -> float:
+        """The predicted time of the factorized layer, of `rows` as in `dense_cost`; borders are not counted."""
+        positions = cls._positions(settings, rows)
+        classed = contraction.batch_class(positions, convolution.POSITIONS_CLASSES)
+        return cls._plan(network, settings, classed).seconds(machine, positions, training, itemsize)
+
+    @classmethod
+    def _positions(cls, settings: Mapping[str, Any], rows: int) -> int:
+        """Of the input."""
+        return rows if cls.transposed else rows * math.prod(settings["stride"])
+
+    @classmethod
+    def _plan(cls, network: Network, settings: Mapping[str, Any], positions: int) -> convolution.ConvPlan:
         kernel, stride = tuple(settings["kernel_size"]), tuple(settings["stride"])
         count = cls.dimensions
         plain = Window(kernel, stride, ((0, 0),) * count, (1,) * count).plain
-        positions = rows if cls.transposed else rows * math.prod(stride)
-        return convolution.conv_plan(network, kernel, stride, plain, cls.transposed, positions).cost
+        return convolution.conv_plan(network, kernel, stride, plain, cls.transposed, positions)
 
     @property
     def fan_in(self) -> int:
@@ -152,11 +196,18 @@ class _FactorizedConv(FactorizedLayer):
         return Window(self.kernel_size, self.stride, padding, self.dilation, self.padding_mode, self.transposed, extra)
 
     def _apply_window(self, input: Tensor, window: Window) -> Tensor:
-        self._check(input)
         batched = input.dim() == self.dimensions + 2
         x = input if batched else input.unsqueeze(0)
-        cores = self.active_cores()
-        y = dispatch.conv(x, self.own_network, cores, window, self.bias, out_channels=self.out_channels)
+        y = dispatch.conv(
+            x,
+            self.own_network,
+            self.active_cores(),
+            window,
+            self.bias,
+            out_channels=self.out_channels,
+            implementation=self.implementation,
+            backward=self.backward,
+        )
         return y if batched else y.squeeze(0)
 
     def _check(self, input: Tensor) -> None:
@@ -197,13 +248,18 @@ class _Conv(_FactorizedConv):
         *,
         format: Format = _DEFAULT,
         stack: tuple[int, int] | None = None,
+        implementation: str | None = None,
+        backward: str = "recompute",
     ) -> None:
         super().__init__()
         given = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         self._build(dict(zip(self._settings, given, strict=True)), device, dtype, format, stack)
+        self.implementation, self.backward = implementation, backward
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._apply_window(input, self._window())
+        self._check(input)
+        frozen = self._frozen_forward()
+        return self._apply_window(input, self._window()) if frozen is None else frozen(input)
 
 
 class _ConvTranspose(_FactorizedConv):
@@ -238,6 +294,8 @@ class _ConvTranspose(_FactorizedConv):
         *,
         format: Format = _DEFAULT,
         stack: tuple[int, int] | None = None,
+        implementation: str | None = None,
+        backward: str = "recompute",
     ) -> None:
         super().__init__()
         given = (
@@ -253,12 +311,16 @@ class _ConvTranspose(_FactorizedConv):
             padding_mode,
         )
         self._build(dict(zip(self._settings, given, strict=True)), device, dtype, format, stack)
+        self.implementation, self.backward = implementation, backward
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """As torch's: `output_size` chooses among the sizes that the stride leaves open."""
+        self._check(input)
+        frozen = self._frozen_forward()
+        if frozen is not None:
+            return frozen(input, output_size)
         window = self._window()
         if output_size is not None:
-            self._check(input)
             window = replace(window, output_padding=self._output_padding(input, list(output_size)))
         return self._apply_window(input, window)
 
@@ -293,6 +355,8 @@ _DOCUMENTATION = """A {what} whose kernel is a small tensor network; drop-in for
         Keyword only; by default low rank at a quarter of the parameters.
     stack : (int, int), optional
         Of a jointly factorized layer: how many layers share the cores, and the position of this one.
+    implementation, backward : str, optional
+        Keyword only; see the attributes of these names.
 
     Raises
     ------

@@ -29,8 +29,8 @@ class TestPlan:
             (5, [(), ("k1",), ("k2",), ()]),
             (9, [(), ("k1",), ("k2",), ()]),
         ):
-            axes = (*self.AXES[:2], Axis("kernel", size), Axis("kernel", size))
-            steps = self.plan(CP(16), axes=axes, kernel=(size, size)).steps
+            axes = (Axis("out", 256), Axis("in", 256), Axis("kernel", size), Axis("kernel", size))
+            steps = self.plan(CP(64), axes=axes, kernel=(size, size)).steps
             assert [step.kernel for step in steps] == kernels
             assert [step.groups for step in steps] == [(), *[("r",)] * (len(steps) - 2), ()]
 
@@ -46,7 +46,8 @@ class TestPlan:
 
     def test_the_dense_kernel_is_built_where_that_is_cheaper(self):
         assert len(self.plan(CP(300)).steps) < 4
-        steps = self.plan(Tucker((64, 32))).steps
+        wide = (Axis("out", 256), Axis("in", 256), *self.AXES[2:])
+        steps = self.plan(Tucker((256, 256)), axes=wide, positions=65536).steps
         assert len(steps) == 1
         assert steps[0].cores == (0, 1, 2)
 

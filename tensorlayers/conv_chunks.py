@@ -1,0 +1,208 @@
+"""A convolution plan on plain tensors, below autograd: a few samples at a time, and its gradients from the input alone.
+
+What lies between the steps is computed again for the gradients, so that nothing is kept but the input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from . import contraction
+from .conv_maps import Window, convolve_back, is_last, mix_back, permuted_back
+from .convolution import ConvPlan, Step, apply, convolved, enter, leave, weight_of
+from .precision import at_least_single
+
+_BYTES = 2**21
+"""Less is not worth to be taken in parts."""
+
+
+def forward(
+    plan: ConvPlan,
+    x: Tensor,  # (batch, group and in modes joined, *spatial)
+    cores: Sequence[Tensor],
+    window: Window,
+    bias: Tensor | None = None,  # (group and out modes joined,)
+    chunk: int = 0,
+) -> Tensor:  # (batch, group and out modes joined, *spatial')
+    """`convolution.execute`, `chunk` samples at a time (0: as `samples` says), outside of autograd."""
+    weights = [weight_of(step, cores) for step in plan.steps]
+    bias = None if bias is None else bias.to(x.dtype)
+    chunk = chunk or samples(plan, x, window)
+    if x.shape[0] <= chunk:
+        return convolved(plan, x, weights, window, bias)
+    y: Tensor | None = None
+    for part in _parts(x, chunk):
+        found = convolved(plan, x[part], weights, window, bias)
+        if y is None:
+            y = _empty(x, (x.shape[0], *found.shape[1:]), is_last(x))
+        y[part] = found
+    assert y is not None
+    return y
+
+
+def gradients(
+    plan: ConvPlan,
+    dy: Tensor,  # (batch, group and out modes joined, *spatial')
+    x: Tensor,  # (batch, group and in modes joined, *spatial)
+    cores: Sequence[Tensor],
+    window: Window,
+    needs: Sequence[bool],  # of x, then of each core
+    chunk: int = 0,
+) -> list[Tensor | None]:
+    """The gradients of x and of each core, without the bias.
+
+    Parameters
+    ----------
+    plan : ConvPlan
+    dy, x : Tensor
+    cores : sequence of Tensor
+    window : Window
+    needs : sequence of bool
+        Which gradients are wanted, of x and of each core; the others are None.
+    chunk : int
+        Samples at a time; 0: as `samples` says.
+
+    Returns
+    -------
+    list of Tensor or None
+        Of the shapes of x, in its layout, and of the cores. The sum over chunks is in the order of the samples:
+        deterministic.
+    """
+    found: list[Tensor | None] = [None] * (1 + len(cores))
+    if not any(needs):
+        return found
+    weights = [weight_of(step, cores) for step in plan.steps]
+    wanted = [any(needs[1 + k] for k in step.cores) for step in plan.steps]
+    dx = _empty(x, x.shape, is_last(x)) if needs[0] else None
+    sums: list[Tensor | None] = [None] * len(weights)
+    for part in _parts(x, chunk or samples(plan, x, window, training=True)):
+        gradient, given = (value if is_last(value) else value.contiguous() for value in (dy[part], x[part]))
+        inputs = _inputs(plan, given, weights, window, wanted)
+        gradient = _backward(plan, gradient, inputs, weights, window, (needs[0], wanted), sums)
+        if dx is not None:
+            dx[part] = gradient
+    found[0] = dx
+    for step, weight, total in zip(plan.steps, weights, sums, strict=True):
+        if total is not None:
+            for k, gradient in _core_gradients(step, total.to(weight.dtype), cores, needs):
+                found[1 + k] = gradient
+    return found
+
+
+def samples(plan: ConvPlan, x: Tensor, window: Window, training: bool = False) -> int:
+    """How many samples are taken at a time.
+
+    As many as need no more memory beside x, y and their gradients than the dense convolution: that has its weight, the
+    gradient of it, and (oneDNN, where the input is contiguous) copies of its input and output in another layout. More
+    at a time are faster: a convolution reorders its weight each time.
+
+    Parameters
+    ----------
+    plan : ConvPlan
+    x : Tensor
+    window : Window
+    training : bool
+        Whether for the gradients: what lies between the steps and its gradients are held together then.
+    """
+    sizes = [math.prod(shape) for shape in _shapes(plan, x, window)]
+    between = sum(sizes[1:-1]) + sum(sizes[k] for k, step in enumerate(plan.steps) if step.reorder)
+    needed = between * (2 if training else 1) + max(sizes[0], sizes[-1])
+    allowed = plan.dense * (2 if training else 1)
+    if not is_last(x) or x.device.type != "cpu":
+        allowed += x.shape[0] * (sizes[0] + sizes[-1])
+    return max(1, max(allowed, _BYTES // x.element_size()) // needed)
+
+
+def between(plan: ConvPlan, x: Tensor, window: Window) -> int:
+    """Elements of all that lies between the steps."""
+    return x.shape[0] * sum(math.prod(shape) for shape in _shapes(plan, x, window)[1:-1])
+
+
+def _parts(x: Tensor, chunk: int) -> Iterator[slice]:
+    return (slice(start, start + chunk) for start in range(0, max(x.shape[0], 1), chunk))
+
+
+def _empty(like: Tensor, shape: Sequence[int], last: bool) -> Tensor:
+    if not last or len(shape) < 4:
+        return like.new_empty(shape)
+    return like.new_empty((shape[0], *shape[2:], shape[1])).movedim(-1, 1)
+
+
+def _shapes(plan: ConvPlan, x: Tensor, window: Window) -> list[tuple[int, ...]]:
+    """Of one sample, the shape that each step takes, the leading indices first; and that of the result."""
+    lengths: tuple[int, ...] = tuple(x.shape[2:])
+    shapes = []
+    for step in plan.steps:
+        shapes.append((step.counts[0], step.counts[2], *lengths))
+        lengths = window.along(step.dims).lengths(lengths)
+    return [*shapes, (1, math.prod(plan.sizes), *lengths)]
+
+
+def _inputs(
+    plan: ConvPlan, x: Tensor, weights: Sequence[Tensor], window: Window, wanted: Sequence[bool]
+) -> list[Tensor]:
+    """What each step convolves; where no gradient needs its values, anything of that shape."""
+    inputs = []
+    last = max((k for k, is_wanted in enumerate(wanted) if is_wanted), default=-1)
+    batch, layout = x.shape[0], is_last(x)
+    for k, (step, shape) in enumerate(zip(plan.steps, _shapes(plan, x, window), strict=False)):
+        if k > last:
+            inputs.append(_empty(x, (batch * shape[0], *shape[1:]), layout or step.uneven))
+            continue
+        inputs.append(enter(step, x))
+        if k < last:
+            x = leave(step, apply(plan, k, inputs[k], weights[k], window, layout))
+    return inputs
+
+
+def _backward(
+    plan: ConvPlan,
+    gradient: Tensor,
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    window: Window,
+    needs: tuple[bool, Sequence[bool]],  # of x, and of the weight of each step
+    sums: list[Tensor | None],
+) -> Tensor:
+    """Walk the steps backwards for one chunk: adds to `sums`, returns the gradient of x where it is needed."""
+    if plan.reorder:
+        gradient = permuted_back(gradient, plan.sizes, plan.reorder)
+    for k in range(len(plan.steps) - 1, -1, -1):
+        step, x, weight = plan.steps[k], inputs[k], weights[k]
+        if step.lead:
+            gradient = gradient.reshape(x.shape[0], gradient.shape[1] // step.counts[0], *gradient.shape[2:])
+        both = (needs[0] or any(needs[1][:k]), needs[1][k])
+        if step.mixes:
+            dx, dw = mix_back(gradient, x, weight.flatten(1), both)
+        else:
+            dx, dw = convolve_back(gradient, x, weight, window.along(step.dims), step.counts[1], both)
+        if dw is not None:
+            dw, total = dw.reshape(weight.shape), sums[k]
+            sums[k] = dw.to(at_least_single(dw.dtype)) if total is None else total.add_(dw)
+        if dx is None:
+            break
+        gradient = leave(step, dx)
+        if step.reorder:
+            gradient = permuted_back(gradient, step.sizes, step.reorder)
+    return gradient
+
+
+def _core_gradients(
+    step: Step, total: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]
+) -> Iterator[tuple[int, Tensor]]:
+    """The gradients of the cores of a step, from that of its weight."""
+    merge, first = step.merge, step.cores[0]
+    sizes = cores[first].shape if merge is None else [dict(merge.sizes)[index] for index in merge.output]
+    inverse = sorted(range(len(sizes)), key=step.core_order.__getitem__)
+    total = total.reshape([sizes[axis] for axis in step.core_order]).permute(inverse)
+    if merge is None:
+        yield first, total.contiguous()
+        return
+    for k, names in zip(step.cores, merge.terms, strict=True):
+        if needs[1 + k]:
+            others = [(term, cores[other]) for term, other in zip(merge.terms, step.cores, strict=True) if other != k]
+            adjoint = contraction.plan((merge.output, *(term for term, _ in others)), names, merge.sizes)
+            yield k, contraction.execute(adjoint, (total, *(core for _, core in others))).contiguous()
