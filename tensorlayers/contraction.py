@@ -39,6 +39,8 @@ class Step:
     operands: tuple[tuple[str, ...], ...]
     result: tuple[str, ...]
     equation: str
+    is_product: bool
+    """Whether nothing is summed."""
 
 
 @dataclass(frozen=True)
@@ -251,14 +253,15 @@ def _steps(
     terms: tuple[tuple[str, ...], ...], output: tuple[str, ...], pairs: list[tuple[int, int]]
 ) -> tuple[Step, ...]:
     if len(terms) == 1:
-        return (Step(0, 0, terms, output, _equation(terms, output)),)
+        return (Step(0, 0, terms, output, _equation(terms, output), False),)
     live, steps = list(terms), []
     for number, (left, right) in enumerate(pairs, 1):
         operands = (live[left], live[right])
         result = _merge(live, left, right, set(output))
         if number == len(pairs):
             result = output
-        steps.append(Step(left, right, operands, result, _equation(operands, result)))
+        is_product = set(result) == {*operands[0], *operands[1]}
+        steps.append(Step(left, right, operands, result, _equation(operands, result), is_product))
     return tuple(steps)
 
 
@@ -290,8 +293,26 @@ def execute(plan: Plan, operands: Sequence[Tensor]) -> Tensor:
             return torch.einsum(step.equation, live[0])
         right = live.pop(step.right)
         left = live.pop(step.left)
-        live.append(torch.einsum(step.equation, left, right))
+        live.append(_pair(step, left, right))
     return live[0]
+
+
+def _pair(step: Step, left: Tensor, right: Tensor) -> Tensor:
+    """One step of a plan. A product that sums nothing (Kronecker, Khatri-Rao) is an elementwise one, and faster so."""
+    if not step.is_product:
+        return torch.einsum(step.equation, left, right)
+    return _spread(left, step.operands[0], step.result) * _spread(right, step.operands[1], step.result)
+
+
+def _spread(tensor: Tensor, indices: tuple[str, ...], result: tuple[str, ...]) -> Tensor:
+    """A tensor with its axes in the order of the result, those that it lacks of size 1."""
+    order = [indices.index(index) for index in result if index in indices]
+    if order != sorted(order):
+        tensor = tensor.permute(order)
+    for position, index in enumerate(result):
+        if index not in indices:
+            tensor = tensor.unsqueeze(position)
+    return tensor
 
 
 def contract(

@@ -1,12 +1,13 @@
-"""Which implementation runs: records in order of preference, the first that supports the call wins.
+"""What runs: decides for each product between torch's operations, as `decision` predicts them, and Triton kernels.
 
-A record names a module and loads it on first use, so that Triton stays optional.
+A kernel's record names a module and loads it on first use, so that Triton stays optional.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,18 +17,21 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import contraction, functional
-from .convolution import Window
+from . import autograd, codegen, contraction, conv_chunks, convolution, decision, functional
+from .conv_maps import Window
+from .convolution import ConvPlan
 from .errors import KernelError
 from .network import Network
 from .precision import cast_for_autocast
+from .products import row_product, window_product
+from .small import SMALL, is_small, small
 
 # Order-2 tensor train: o1 i1 r, r o2 i2.
 _TT2 = (((0, 1, 2), (2, 3, 4)), ((0, "out"), (3, "out"), (1, "in"), (4, "in")))
 
 
 @dataclass(frozen=True)
-class Implementation:
+class Kernel:
     """A Triton kernel that can multiply rows with a network.
 
     Parameters
@@ -56,10 +60,16 @@ def _tt2_refusal(network: Network, device: str, dtype: torch.dtype) -> str | Non
     return None
 
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Implementation("tt2", "tensorlayers.kernels.tt2", _tt2_refusal),)
+KERNELS: tuple[Kernel, ...] = (Kernel("tt2", "tensorlayers.kernels.tt2", _tt2_refusal),)
 
-_PRODUCTS: dict[str, functional.Product] = {"torch": functional.contract_rows}
-"""The implementations loaded so far, by name."""
+NAMES = (*decision.NAMES, *(kernel.name for kernel in KERNELS))
+"""What can be demanded of a layer, as its `implementation`."""
+
+_LOADED: dict[str, Callable[[Tensor, Network, Sequence[Tensor]], Tensor]] = {}
+"""The kernels loaded so far, by name."""
+
+_ALLOWED = {"recompute": -1.0, "auto": 0.1, "store": 1.0}
+"""What may be kept for backward beside the input, in sizes of the input."""
 
 _mode = "auto"
 
@@ -85,38 +95,88 @@ def use_kernels(mode: str) -> Iterator[None]:
         _mode = before
 
 
-def choose(x: Tensor, network: Network) -> functional.Product:
-    """The implementation for a call: a kernel, or the reference contraction."""
-    if _mode != "triton" and not x.is_cuda:
-        return functional.contract_rows
-    return _PRODUCTS[_chosen(network, _mode, x.device.type, x.dtype)]
-
-
 # A compiled graph keeps the name; neither the search nor an import can be traced.
 @contraction.constant_when_compiled
-def _chosen(network: Network, mode: str, device: str, dtype: torch.dtype) -> str:
-    """The name of the implementation, which is loaded then."""
-    if mode == "torch" or (mode == "auto" and not _triton_present()):
-        return "torch"
+def kernel_for(network: Network, mode: str, device: str, dtype: torch.dtype, wanted: str | None) -> str | None:
+    """The name of the kernel that runs a product, which is loaded then; None for torch's operations."""
+    if wanted in decision.NAMES and mode != "triton":
+        return None
+    if wanted is None and (mode == "torch" or (mode == "auto" and (device == "cpu" or not _triton_present()))):
+        return None
     reasons = []
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append("on the CPU Triton needs its interpreter")
-    else:
-        for implementation in IMPLEMENTATIONS:
-            reason = implementation.refusal(network, device, dtype)
-            if reason is None:
-                if implementation.name not in _PRODUCTS:
-                    _PRODUCTS[implementation.name] = importlib.import_module(implementation.module).linear
-                return implementation.name
-            reasons.append(f"{implementation.name}: {reason}")
-    if mode == "triton":
+    for kernel in KERNELS:
+        reason = kernel_refusal(kernel, network, device, dtype)
+        if reason is None and wanted in (None, kernel.name):
+            if kernel.name not in _LOADED:
+                _LOADED[kernel.name] = importlib.import_module(kernel.module).linear
+            return kernel.name
+        reasons.append(f"{kernel.name}: {reason or f'{wanted!r} is demanded'}")
+    if mode == "triton" or wanted is not None:
         raise KernelError(f"no Triton kernel supports this call: {'; '.join(reasons)}")
-    return "torch"
+    return None
+
+
+def chosen_kernel(network: Network, x: Tensor, implementation: str | None) -> str | None:
+    """The name of the kernel that a product with `x` runs; None for torch's operations."""
+    if _mode == "auto" and implementation is None and not x.is_cuda:
+        return None
+    return kernel_for(network, _mode, x.device.type, x.dtype, implementation)
+
+
+def kernel_refusal(kernel: Kernel, network: Network, device: str, dtype: torch.dtype) -> str | None:
+    """Why a kernel cannot run a product here; None where it can."""
+    if not _triton_present():
+        return "Triton is not installed"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "on the CPU Triton needs its interpreter"
+    return kernel.refusal(network, device, dtype)
 
 
 @lru_cache(maxsize=1)
 def _triton_present() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether a product of `x` is left to this module: nothing traces, no autocast, no mode of `use_kernels`."""
+    return (
+        _mode == "auto"
+        and x.is_cpu
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not autograd.is_jit_traced()
+    )
+
+
+def _multiply(
+    rows: Tensor,  # (rows, features)
+    network: Network,
+    cores: Sequence[Tensor],
+    bias: Tensor | None,
+    implementation: str | None,
+    backward: str,
+) -> Tensor:
+    """Rows times a network, by operations of torch."""
+    bias = None if bias is None else bias.to(rows.dtype)
+    if torch.compiler.is_compiling():
+        if _is_known_small(rows, network) and implementation is None:
+            return functional.contract_rows(rows, network, cores, bias)
+        return autograd.product(row_product(network, implementation), rows, cores, bias)
+    if implementation is None and is_small(network, rows.shape[0]):
+        return small(network).run(rows, cores, bias)
+    if backward != "recompute" and rows.shape[0] and torch.is_grad_enabled():
+        stored = decision.decide(network, decision.task_for(rows), decision.machine_of(rows), "contraction").program
+        if stored.intermediate <= _ALLOWED[backward] * rows.shape[1]:
+            return codegen.compiled(stored)(rows, cores, bias)
+    return autograd.product(row_product(network, implementation), rows, cores, bias)
+
+
+def _is_known_small(rows: Tensor, network: Network) -> bool:
+    """Whether a traced product is small, whatever the sizes that its graph leaves open."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    flops = 2 * rows.shape[0] * network.features("in") * network.features("out")
+    return bool(statically_known_true(flops <= SMALL))
 
 
 def linear(
@@ -126,10 +186,40 @@ def linear(
     bias: Tensor | None = None,  # (out_features,)
     *,
     out_features: int | None = None,
+    implementation: str | None = None,
+    backward: str = "recompute",
 ) -> Tensor:  # (*batch, out_features)
-    """`functional.linear` by the implementation that `choose` picks; under autocast, in its dtype."""
+    """`functional.linear` by the implementation that is predicted to be fastest; under autocast, in its dtype.
+
+    Parameters
+    ----------
+    x, network, cores, bias, out_features
+        As of `functional.linear`.
+    implementation : str, optional
+        One of `NAMES`, in place of the decision.
+    backward : {"recompute", "store", "auto"}
+        What is kept for backward: `x` alone; activations of the size of the ranks too, where those of a row are no more
+        than its features; or these where all together is at most 1.1 times `x`.
+
+    Raises
+    ------
+    NetworkError
+        As `functional.linear`.
+    KernelError
+        If a kernel is demanded that does not support the call.
+    """
     x, *cores = cast_for_autocast(x, *cores)
-    product = choose(x, network)
+    if torch.compiler.is_exporting() or autograd.is_jit_traced():
+        # Operators of torch alone: what is exported runs where this package is not installed.
+        return functional.linear(x, network, cores, bias, out_features=out_features)
+    kernel = chosen_kernel(network, x, implementation)
+
+    def product(rows: Tensor, network: Network, cores: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        if kernel is None:
+            return _multiply(rows, network, cores, bias, implementation, backward)
+        y = _LOADED[kernel](rows, network, cores)
+        return y if bias is None else y + bias.to(y.dtype)
+
     return functional.linear(x, network, cores, bias, out_features=out_features, product=product)
 
 
@@ -141,7 +231,35 @@ def conv(
     bias: Tensor | None = None,  # (out_channels,)
     *,
     out_channels: int | None = None,
+    implementation: str | None = None,
+    backward: str = "recompute",
 ) -> Tensor:  # (batch, out_channels, *spatial')
-    """`functional.conv`; under autocast, in its dtype."""
+    """`functional.conv`, of which the input alone is kept for backward; under autocast, in its dtype.
+
+    Parameters
+    ----------
+    x, network, cores, window, bias, out_channels
+        As of `functional.conv`.
+    implementation : str, optional
+        ``"contraction"``, the only one that torch's operations have here, or None.
+    backward : {"recompute", "store", "auto"}
+        What is kept for backward: `x` alone; what lies between the convolutions too, where it is smaller than `x`; or
+        where all together is at most 1.1 times `x`.
+    """
     x, *cores = cast_for_autocast(x, *cores)
-    return functional.conv(x, network, cores, window, bias, out_channels=out_channels)
+
+    def product(
+        plan: ConvPlan, x: Tensor, cores: Sequence[Tensor], window: Window, bias: Tensor | None = None
+    ) -> Tensor:
+        is_chain = (
+            autograd.is_traced() or autograd.is_jit_traced()
+        )  # plain convolutions; a compiler decides what is kept
+        if not is_chain and torch.is_grad_enabled():
+            flops = 2 * x.shape[0] * plan.dense * math.prod(window.lengths(x.shape[2:]))
+            is_chain = flops <= SMALL or conv_chunks.between(plan, x, window) <= _ALLOWED[backward] * x.numel()
+        if is_chain:
+            return convolution.execute(plan, x, cores, window, bias)
+        bias = None if bias is None else bias.to(x.dtype)
+        return autograd.product(window_product(network, window), x, cores, bias)
+
+    return functional.conv(x, network, cores, window, bias, out_channels=out_channels, product=product)

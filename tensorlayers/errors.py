@@ -43,5 +43,9 @@ class KernelError(TensorlayersError, RuntimeError):
     """A Triton kernel was demanded where none supports the call."""
 
 
+class CostModelError(TensorlayersError, ValueError):
+    """The constants of a machine are missing or malformed."""
+
+
 MALFORMED = (LookupError, ArithmeticError, TypeError, ValueError, RuntimeError, AssertionError, AttributeError)
 """What torch raises, according to what is wrong, where plain data describe no layer."""

@@ -10,22 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import contraction, convolution
-from .convolution import Window
+from .conv_maps import Window
+from .convolution import ConvPlan
 from .errors import NetworkError
 from .network import Network
 
-Product = Callable[[Tensor, Network, Sequence[Tensor]], Tensor]
+Product = Callable[[Tensor, Network, Sequence[Tensor], Tensor | None], Tensor]
+Convolve = Callable[[ConvPlan, Tensor, Sequence[Tensor], Window, "Tensor | None"], Tensor]
 
 
 def contract_rows(
     x: Tensor,  # (batch, network.features("in"))
     network: Network,
     cores: Sequence[Tensor],  # shapes network.core_shapes
+    bias: Tensor | None = None,  # (network.features("out"),)
 ) -> Tensor:  # (batch, network.features("out"))
     """Contract rows with the cores, pairwise, in the planned order of their batch class."""
     plan = contraction.linear_plan(network, contraction.batch_class(x.shape[0]))
     tensor = x.reshape(x.shape[0], *network.mode_sizes("in"))
-    return contraction.execute(plan, (tensor, *cores)).reshape(x.shape[0], network.features("out"))
+    y = contraction.execute(plan, (tensor, *cores)).reshape(x.shape[0], network.features("out"))
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def linear(
@@ -54,7 +58,7 @@ def linear(
     out_features : int, optional
         Defaults to the length of the bias, or to ``network.features("out")``.
     product : callable
-        What multiplies the rows: the contraction, or a Triton kernel with the same signature as `contract_rows`.
+        What multiplies the rows and adds the bias, in place of `contract_rows`.
 
     Returns
     -------
@@ -77,10 +81,10 @@ def linear(
     flat = x.reshape(-1, x.shape[-1])
     if flat.shape[1] < columns:
         flat = F.pad(flat, (0, columns - flat.shape[1]))
-    y = product(flat, network, cores)[:, :out_features]
-    if bias is not None:
-        y = y + bias.to(y.dtype)
-    return y.reshape(*lead, out_features)
+    if out_features == rows:
+        return product(flat, network, cores, bias).reshape(*lead, out_features)
+    y = product(flat, network, cores, None)[:, :out_features]
+    return (y if bias is None else y + bias.to(y.dtype)).reshape(*lead, out_features)
 
 
 def conv(
@@ -91,6 +95,7 @@ def conv(
     bias: Tensor | None = None,  # (out_channels,)
     *,
     out_channels: int | None = None,
+    product: Convolve = convolution.execute,
 ) -> Tensor:  # (batch, out_channels, *spatial')
     """Convolve with a factorized kernel without forming it.
 
@@ -109,6 +114,8 @@ def conv(
     bias : Tensor, optional
     out_channels : int, optional
         Defaults to the length of the bias, or to what the out modes hold.
+    product : callable
+        What carries out the plan, in place of `convolution.execute`.
 
     Returns
     -------
@@ -133,7 +140,7 @@ def conv(
         x = F.pad(parts, (*(0 for _ in range(2 * len(spatial))), 0, columns - parts.shape[2])).flatten(1, 2)
     plan = convolution.plan_for(network, window, batch * math.prod(spatial))
     whole = out_channels == groups * rows
-    y = convolution.execute(plan, x, cores, window, bias if whole else None)
+    y = product(plan, x, cores, window, bias if whole else None)
     if not whole:
         y = y.reshape(batch, groups, rows, *y.shape[2:])[:, :, : out_channels // groups].flatten(1, 2)
         if bias is not None:

@@ -122,6 +122,10 @@ class Network:
         object.__setattr__(self, "cores", cores)
         object.__setattr__(self, "modes", modes)
         object.__setattr__(self, "sizes", tuple((index, known[index]) for index in order))
+        object.__setattr__(self, "_hash", hash((cores, self.sizes, modes)))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined, no-any-return]  # asked for at every call of a layer
 
     @cached_property
     def size(self) -> dict[str, int]:

@@ -59,8 +59,13 @@ class BTT(Format):
         for t in range(1, order + 1):
             last = order - t + 1
             bonds = [f"r{k}" for k in (t - 1, t) if 0 < k < order]
-            here = others if t == 1 else []
-            cores.append((*ins[: max(last - missing, 0)], *outs[last - 1 :], *bonds, *here))
+            carried, brought = ins[: max(last - missing, 0)], outs[last - 1 :]
+            if t == 1:
+                cores.append((*carried, *brought, *bonds, *others))
+            else:  # batch, new and summed indices each together: a stack of matrices as it is stored
+                summed = carried[last - missing - 1 :] if last > missing else []
+                kept = carried[: len(carried) - len(summed)]
+                cores.append((*kept, *brought[1:], *brought[:1], *bonds[1:], *summed, *bonds[:1]))
         return tuple(cores)
 
     def fill(self, dense: Tensor, network: Network) -> list[Tensor]:

@@ -1,0 +1,145 @@
+"""Which way to multiply rows with a network is predicted to be fastest: the alternatives, and the choice among them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .lowering import Candidate, Task, candidates, chunked
+from .machine import Machine, machine
+from .network import Network
+
+ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+"""Decisions are taken for these numbers of rows: others take that of the nearest, as a factor; one row has its own."""
+
+NAMES = ("contraction", "chunks", "merged", "rebuild")
+"""The ways that torch's operations make: the cores one by one; that, some rows at a time; after some cores are
+multiplied with each other (the factors of CP to a Khatri-Rao product, those of Tucker to a Kronecker product); or after
+all of them are, to the dense weight."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way, with what it is predicted to take.
+
+    Parameters
+    ----------
+    name : str
+    candidate : Candidate or None
+        None where the way does not exist for this network.
+    refusal : str
+        Why it is not taken; empty for the one that is.
+    """
+
+    name: str
+    candidate: Candidate | None
+    refusal: str
+
+    @property
+    def seconds(self) -> float | None:
+        """The predicted time; None where the way does not exist."""
+        return self.candidate.seconds if self.candidate else None
+
+
+def rows_class(rows: int) -> int:
+    """The number of rows that a decision for `rows` is taken for."""
+    if rows <= 1:
+        return 1
+    for small, large in itertools.pairwise(ROWS[1:]):
+        if rows * rows <= small * large:
+            return small
+    return ROWS[-1]
+
+
+def task_for(x: Tensor, *, x_gradient: bool = False, core_gradients: bool = False) -> Task:
+    """The task of rows like these (the first dimension), by their class."""
+    dtype = str(x.dtype).removeprefix("torch.")
+    return Task(rows_class(x.shape[0]), x_gradient, core_gradients, dtype, x.dtype.itemsize)
+
+
+def options(network: Network, task: Task, on: Machine, forced: str | None = None) -> tuple[Option, ...]:
+    """All ways that torch's operations make, the chosen one without a refusal."""
+    return _options(network, task, on, forced, torch.get_num_threads() if on.threads else 0)
+
+
+@lru_cache(maxsize=1024)
+def _options(network: Network, task: Task, on: Machine, forced: str | None, threads: int) -> tuple[Option, ...]:
+    whole = candidates(network, task, on, threads)
+    pieces = [chunked(network, task, on, variant, threads) for variant in ("contraction", "merged")]
+    inside = min((piece for piece in pieces if piece), key=lambda piece: piece.seconds, default=None)
+    found: dict[str, Candidate | None] = {name: whole.get(name) for name in NAMES}
+    found["chunks"] = inside
+    missing = {
+        "contraction": "",
+        "chunks": f"{task.rows} rows are no more than a chunk",
+        "merged": "no cores that are worth multiplying with each other",
+        "rebuild": "a single core is the dense weight itself",
+    }
+    existing = {name: candidate for name, candidate in found.items() if candidate}
+    best = min(existing, key=lambda name: existing[name].seconds)
+    chosen = forced if forced in existing else best
+    listed = []
+    for name, candidate in found.items():
+        if candidate is None:
+            refusal = missing[name]
+        elif name == chosen:
+            refusal = ""
+        elif forced in existing:
+            refusal = f"{forced!r} is demanded"
+        else:
+            times = candidate.seconds / existing[best].seconds
+            refusal = f"predicted {times:.2f} x the time of {best}"
+        listed.append(Option(name, candidate, refusal))
+    return tuple(listed)
+
+
+def decide(network: Network, task: Task, on: Machine, forced: str | None = None) -> Candidate:
+    """The candidate that is taken."""
+    for option in options(network, task, on, forced):
+        if option.candidate and not option.refusal:
+            return option.candidate
+    raise AssertionError("one option is taken")
+
+
+def predicted(network: Network, task: Task, on: Machine, forced: str | None = None) -> float:
+    """Seconds of a task of any number of rows: those of its class, in proportion."""
+    classed = replace(task, rows=rows_class(task.rows))
+    return decide(network, classed, on, forced).seconds * task.rows / classed.rows
+
+
+def training_seconds(network: Network, rows: int, on: Machine, dtype: str = "float32", itemsize: int = 4) -> float:
+    """Predicted seconds of a forward and a backward of all gradients."""
+    ahead, back = Task(rows, False, False, dtype, itemsize), Task(rows, True, True, dtype, itemsize)
+    return sum(predicted(network, task, on) for task in (ahead, back)) + on.function
+
+
+def dense_seconds(
+    out_features: int,
+    in_features: int,
+    rows: int,
+    on: Machine,
+    *,
+    training: bool,
+    dtype: str = "float32",
+    itemsize: int = 4,
+) -> float:
+    """Predicted seconds of a dense linear layer: a forward, or with a backward of all gradients."""
+    shapes: Sequence[tuple[int, int, int]] = ((rows, in_features, out_features),)
+    if training:
+        shapes = (*shapes, (rows, out_features, in_features), (out_features, rows, in_features))
+    seconds = 0.0
+    for m, k, n in shapes:
+        size = (m * k + k * n + m * n) * itemsize
+        rate = on.cached if size <= on.cache else on.memory
+        seconds += on.product(1, m, k, n, dtype) + size / rate + on.launch
+    return seconds
+
+
+def machine_of(x: Tensor) -> Machine:
+    """The constants of the device of a tensor."""
+    return machine(x.device.type)

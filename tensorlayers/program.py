@@ -1,0 +1,101 @@
+"""Program: a contraction of rows with cores as a chain of matrix products. What it is; `matmul` carries it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .contraction import Plan
+
+
+@dataclass(frozen=True)
+class Group:
+    """The cores that meet the rows together: one, or several that are multiplied first.
+
+    Parameters
+    ----------
+    cores : tuple of int
+    sizes : tuple of int
+        The shape of their product.
+    merge : Plan or None
+        How they are multiplied, where they are several.
+    adjoints : tuple of Plan
+        Of a merge, the plan of each core's gradient: from that of the product, and the other cores.
+    """
+
+    cores: tuple[int, ...]
+    sizes: tuple[int, ...]
+    merge: Plan | None = None
+    adjoints: tuple[Plan, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One matrix product of the rows, or of what became of them, with the core of a group.
+
+    Both are seen as stacks of matrices. The batch is made of indices that both carry, then of some that only the rows
+    carry; the core is repeated over the latter.
+
+    Parameters
+    ----------
+    group : Group
+    left : bool
+        Whether the core stands on the left, ``core @ rows``; else ``rows @ core``.
+    sizes : tuple of int
+        Of the rows' indices as they come; -1 for the rows themselves.
+    order : tuple of int
+        The permutation that makes them batch, matrix rows, matrix columns; empty where they are in order already.
+    shape, result : tuple of int
+        Of the rows as matrices before and after, 2-D where there is no batch; -1 where the rows themselves are.
+    core_order, core_shape : tuple of int
+        The same for the core.
+    core_transposed : bool
+        Whether the matrices are transposed last, so that none of the core is copied.
+    shared : int
+        Values of the batch that the core carries itself; 1 where it is a single matrix.
+    repeated : bool
+        Whether the core is repeated over the rest of the batch.
+    summed_apart : bool
+        Whether the gradients of the repeated core are formed one by one and summed; else the batch joins the
+        contracted dimension first.
+    """
+
+    group: Group
+    left: bool
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
+    result: tuple[int, ...]
+    core_order: tuple[int, ...]
+    core_shape: tuple[int, ...]
+    core_transposed: bool
+    shared: int
+    repeated: bool
+    summed_apart: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """The steps that a network is applied to rows by.
+
+    They say in which order (groups of) cores meet the rows, and how the axes of rows and cores become matrices. Every
+    step is one (batched) matrix product; the order of the indices between steps is chosen so that few need a copy.
+
+    Parameters
+    ----------
+    steps : tuple of Step
+    sizes, order : tuple of int
+        As of a `Step`: how the indices that the last step leaves come in the order of the out modes.
+    features : int
+        Of a row of the result.
+    intermediate : int
+        Elements that the steps but the last leave, for a row.
+    single : bool
+        Whether it is for a single row.
+    """
+
+    steps: tuple[Step, ...]
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+    features: int
+    intermediate: int
+    single: bool = False
