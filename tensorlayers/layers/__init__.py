@@ -1,7 +1,7 @@
 """Factorized layers, drop-in for torch's."""
 
 from .attention import PROJECTIONS, ProjectedAttention
-from .base import FactorizedLayer, layer_type, layer_types
+from .base import FactorizedLayer
 from .conv import (
     FactorizedConv1d,
     FactorizedConv2d,
@@ -11,8 +11,10 @@ from .conv import (
     FactorizedConvTranspose3d,
 )
 from .embedding import FactorizedEmbedding, FactorizedEmbeddingBag
+from .frozen import freeze, unfreeze
 from .kind import Settings
 from .linear import FactorizedLinear
+from .registry import layer_type, layer_types
 from .regression import TensorContraction, TensorLinear, TensorRegression
 
 __all__ = [
@@ -32,6 +34,8 @@ __all__ = [
     "TensorContraction",
     "TensorLinear",
     "TensorRegression",
+    "freeze",
     "layer_type",
     "layer_types",
+    "unfreeze",
 ]

@@ -18,7 +18,8 @@ from ..network import Axis, Network, modes_by_axis
 from ..precision import DTYPES, without_autocast
 from ..rank import Rank
 from . import draw, resize
-from .kind import LayerKind
+from .dropout import RankDropout
+from .frozen import Freezable, wants_grad
 from .weight import _WRITE, DenseWeight
 
 if TYPE_CHECKING:
@@ -37,10 +38,11 @@ class Cores(nn.ParameterList):
         return self
 
 
-class FactorizedLayer(nn.Module, LayerKind):
+class FactorizedLayer(Freezable, RankDropout):
     """Base of the factorized layers.
 
-    A layer kind says which axes its dense weight has, how torch stores it, and how it acts on an input.
+    A layer kind says which axes its dense weight has, how torch stores it, and how it acts on an input. Freezing and
+    rank dropout are in modules of their own, as is what makes ranks smaller.
 
     Attributes
     ----------
@@ -67,7 +69,6 @@ class FactorizedLayer(nn.Module, LayerKind):
     source: str
     """The dense kind that this layer stands for."""
     stack: tuple[int, int] | None
-    _rank_dropout: float = 0.0
 
     # -- construction -----------------------------------------------------------------------------------------------
 
@@ -123,10 +124,11 @@ class FactorizedLayer(nn.Module, LayerKind):
         self.reset_parameters()
 
     def _set_network(self, network: Network) -> None:
+        self._thaw()
         self.network = network
         # What this layer computes with: a slice, where the cores are shared.
         self.own_network = network.without(network.names("stack"))
-        self._masks = tuple(self._mask(index) for index in self.droppable if self.own_network.size[index] > 1)
+        self._set_masks()
 
     @classmethod
     def from_dense(cls, module: nn.Module, format: Format) -> Self:
@@ -221,11 +223,17 @@ class FactorizedLayer(nn.Module, LayerKind):
 
     def to_module(self) -> nn.Module:
         """The dense layer of the kind that this one replaced, with the same output up to rounding; nothing aliased."""
+        return self._torch_module()
+
+    def _torch_module(self) -> nn.Module:
         dense = next((cls for cls in self.dense_types if cls.__name__ == self.source), self.dense_types[0])
         module = dense(**self.settings_of(self), device="meta")
-        module.weight = nn.Parameter(self.to_dense().detach(), self.cores[0].requires_grad)
+        weight = self.to_dense().detach()
+        if len(self.cores) == 1:  # which can be the weight itself
+            weight = weight.clone()
+        module.weight = nn.Parameter(weight, wants_grad(self.cores[0]))
         if self.bias is not None:
-            module.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+            module.bias = nn.Parameter(self.bias.detach().clone(), wants_grad(self.bias))
         return module.train(self.training)
 
     @property
@@ -245,49 +253,15 @@ class FactorizedLayer(nn.Module, LayerKind):
     def own_cores(self) -> list[Tensor]:
         """The cores of this layer alone, shapes ``own_network.core_shapes``: sliced where they are shared."""
         if self.stack is None:
-            return list(self.cores)
+            # Every forward asks for them: to iterate over a ParameterList takes longer than a small product.
+            held = self._modules["cores"]
+            values = [core for core in held._parameters.values() if core is not None]  # type: ignore[union-attr]
+            return list(values) if len(values) == len(self.network.cores) else list(self.cores)
         (name,) = self.network.names("stack")
         return [
             core.select(names.index(name), self.stack[1]) if name in names else core
             for names, core in zip(self.network.cores, self.cores, strict=True)
         ]
-
-    def active_cores(self) -> list[Tensor]:
-        """The cores that a forward multiplies with: `own_cores`, under rank dropout in training mode."""
-        cores = self.own_cores()
-        if not self.training or not self.rank_dropout:
-            return cores
-        for k, shape in self._masks:
-            kept = torch.rand(math.prod(shape), device=cores[k].device, dtype=torch.float32) >= self.rank_dropout
-            cores[k] = cores[k] * (kept.to(cores[k].dtype) / (1 - self.rank_dropout)).reshape(shape)
-        return cores
-
-    def _mask(self, index: str) -> tuple[int, tuple[int, ...]]:
-        """The smallest core that carries an index, and the shape that broadcasts a mask of the index over it."""
-        own = self.own_network
-        carriers = [k for k, names in enumerate(own.cores) if index in names]
-        k = min(carriers, key=lambda k: math.prod(own.core_shapes[k]))
-        return k, tuple(own.size[index] if name == index else 1 for name in own.cores[k])
-
-    @property
-    def droppable(self) -> tuple[str, ...]:
-        """The indices that `rank_dropout` acts on: the bonds."""
-        return self.own_network.bonds
-
-    @property
-    def rank_dropout(self) -> float:
-        """The probability that a value of a bond is left out of a forward, in training mode; 0.0 by default.
-
-        The others are scaled so that the expected weight is the weight. Each bond is drawn for itself, once for all
-        rows; a bond of a single value is never dropped. See `tensorlayers.rank_dropout`.
-        """
-        return self._rank_dropout
-
-    @rank_dropout.setter
-    def rank_dropout(self, p: float) -> None:
-        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
-            raise NetworkError(f"rank_dropout: a probability of at least 0 and below 1; got {p!r}")
-        self._rank_dropout = float(p)
 
     # -- smaller ranks ----------------------------------------------------------------------------------------------
 
@@ -361,6 +335,7 @@ class FactorizedLayer(nn.Module, LayerKind):
 
         The bias is uniform in ``+- 1 / sqrt(fan_in)``. Nothing is done on the meta device.
         """
+        self._thaw()
         if self.cores[0].is_meta:
             return
         with torch.no_grad(), without_autocast(self.cores[0]):
@@ -419,24 +394,5 @@ class FactorizedLayer(nn.Module, LayerKind):
     def extra_repr(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings_of(self).items())
         share = self.network.num_parameters / (self.dense_parameters * (self.stack[0] if self.stack else 1))
-        return f"{settings}, {self.format}, ranks={self.network.ranks}, weight parameters={share:.3g} of dense"
-
-
-def layer_types() -> tuple[type[FactorizedLayer], ...]:
-    """The factorized layer kinds there are, in order of definition."""
-
-    def below(cls: type[FactorizedLayer]) -> Iterator[type[FactorizedLayer]]:
-        if "kind" in cls.__dict__:
-            yield cls
-        for child in cls.__subclasses__():
-            yield from below(child)
-
-    return tuple(below(FactorizedLayer))  # type: ignore[type-abstract]
-
-
-def layer_type(kind: str) -> type[FactorizedLayer]:
-    """The factorized layer of a kind, as plans and files name it."""
-    for cls in layer_types():
-        if cls.kind == kind:
-            return cls
-    raise NetworkError(f"layer kind {kind!r}: one of {', '.join(cls.kind for cls in layer_types())}")
+        shown = f"{settings}, {self.format}, ranks={self.network.ranks}, weight parameters={share:.3g} of dense"
+        return f"{shown}, frozen" if self.frozen else shown

@@ -262,6 +262,9 @@ class FactorizedEmbedding(_Table):
         if input.is_nested:
             values, offsets = _jagged(input)
             return torch.nested.nested_tensor_from_jagged(self.forward(values), offsets)
+        frozen = self._frozen_forward()
+        if frozen is not None:
+            return frozen(input)
         return lookup.embedding(
             input, self.own_network, self.active_cores(), (self.num_embeddings, self.embedding_dim), **self._options()
         )
@@ -359,10 +362,13 @@ class FactorizedEmbeddingBag(_Table):
         return super().refusal(module) or (_MAX if module.mode == "max" and module.scale_grad_by_freq else "")
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        last = self.include_last_offset
         if input.is_nested:  # jagged: one bag a row
-            (input, offsets), last = _jagged(input), True
+            input, offsets = _jagged(input)
+            offsets = offsets if self.include_last_offset else offsets[:-1]
             per_sample_weights = None if per_sample_weights is None else _jagged(per_sample_weights)[0]
+        frozen = self._frozen_forward()
+        if frozen is not None:
+            return frozen(input, offsets, per_sample_weights)
         return lookup.embedding_bag(
             input,
             self.own_network,
@@ -371,6 +377,6 @@ class FactorizedEmbeddingBag(_Table):
             offsets,
             per_sample_weights,
             mode=self.mode,
-            include_last_offset=last,
+            include_last_offset=self.include_last_offset,
             **self._options(),
         )

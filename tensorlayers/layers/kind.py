@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..cost import Cost
 from ..errors import MALFORMED, NetworkError
+from ..machine import Machine
 from ..network import Axis, Network
 
 Settings = dict[str, Any]
@@ -64,6 +65,29 @@ class LayerKind(ABC):
     @abstractmethod
     def factorized_cost(cls, network: Network, settings: Mapping[str, Any], rows: int) -> Cost:
         """The cost of the factorized layer on `rows` rows (the bias not counted)."""
+
+    @classmethod
+    def dense_seconds(
+        cls, settings: Mapping[str, Any], rows: int, machine: Machine, training: bool = False, itemsize: int = 4
+    ) -> float | None:
+        """The predicted time of the dense layer on `rows` rows: of a forward, or with a backward of all gradients.
+
+        None, for both, where this kind has no estimate.
+        """
+        return None
+
+    @classmethod
+    def factorized_seconds(
+        cls,
+        network: Network,
+        settings: Mapping[str, Any],
+        rows: int,
+        machine: Machine,
+        training: bool = False,
+        itemsize: int = 4,
+    ) -> float | None:
+        """The predicted time of the factorized layer, as `dense_seconds`."""
+        return None
 
     @classmethod
     def read_settings(cls, data: Mapping[str, Any]) -> Settings:

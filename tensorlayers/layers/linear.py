@@ -10,18 +10,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import contraction, cost, dispatch
+from .. import contraction, cost, decision, dispatch
 from ..cost import Cost
 from ..errors import NetworkError
 from ..formats import Format, LowRank
+from ..lowering import Task
+from ..machine import Machine
 from ..network import Axis, Network, linear_axes
-from .base import FactorizedLayer
+from ..small import small as small_product
+from .dispatched import DispatchedLayer
+from .frozen import is_any_frozen
 from .kind import Settings, check_sizes, plain
 
 _DEFAULT = LowRank(0.25)
 
 
-class FactorizedLinear(FactorizedLayer):
+class FactorizedLinear(DispatchedLayer):
     r"""A linear layer whose weight is a small tensor network; drop-in for ``nn.Linear``.
 
     :math:`y = x W^T + b` with :math:`W` given by the cores and never formed.
@@ -36,6 +40,8 @@ class FactorizedLinear(FactorizedLayer):
         Keyword only; by default low rank at a quarter of the parameters.
     stack : (int, int), optional
         Of a jointly factorized layer: how many layers share the cores, and the position of this one.
+    implementation, backward : str, optional
+        Keyword only; see the attributes of these names.
 
     Raises
     ------
@@ -68,11 +74,14 @@ class FactorizedLinear(FactorizedLayer):
         *,
         format: Format = _DEFAULT,
         stack: tuple[int, int] | None = None,
+        implementation: str | None = None,
+        backward: str = "recompute",
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = plain((in_features, out_features))
         check_sizes(in_features=self.in_features, out_features=self.out_features)
         self._register(format, self.out_features if bias else None, device, dtype, stack)
+        self.implementation, self.backward = implementation, backward
 
     @classmethod
     def matches(cls, module: nn.Module) -> str | None:
@@ -111,11 +120,58 @@ class FactorizedLinear(FactorizedLayer):
         plan = contraction.linear_plan(network, contraction.batch_class(rows))
         return plan.resized(contraction.BATCH, rows).cost
 
+    @classmethod
+    def dense_seconds(
+        cls, settings: Mapping[str, Any], rows: int, machine: Machine, training: bool = False, itemsize: int = 4
+    ) -> float:
+        sizes = settings["out_features"], settings["in_features"]
+        return decision.dense_seconds(*sizes, rows, machine, training=training, itemsize=itemsize)
+
+    @classmethod
+    def factorized_seconds(
+        cls,
+        network: Network,
+        settings: Mapping[str, Any],
+        rows: int,
+        machine: Machine,
+        training: bool = False,
+        itemsize: int = 4,
+    ) -> float:
+        if training:
+            return decision.training_seconds(network, rows, machine, itemsize=itemsize)
+        return decision.predicted(network, Task(rows, itemsize=itemsize), machine)
+
     @property
     def fan_in(self) -> int:
         return self.in_features
 
+    def _set_network(self, network: Network) -> None:
+        super()._set_network(network)
+        small = small_product(self.own_network)
+        is_padded = (small.columns, small.features) != (self.in_features, self.out_features)
+        self._small = None if is_padded or not small.rows or self.stack is not None else small
+
+    def _small_forward(self, input: Tensor) -> Tensor | None:
+        """A product so small that every microsecond before it counts; None where it is not, or anything is special."""
+        small, shape = self._small, input.shape
+        if small is None or len(shape) != 2 or not 0 < shape[0] <= small.rows or shape[1] != small.columns:
+            return None
+        if self._implementation is not None or self._rank_dropout or is_any_frozen() or not dispatch.is_plain(input):
+            return None
+        cores, parameters = self._modules["cores"]._parameters, self._parameters  # type: ignore[union-attr]
+        if len(cores) != len(small.network.cores) or "bias" not in parameters:
+            return None  # some are computed
+        bias = parameters["bias"]
+        if bias is not None and bias.dtype != input.dtype:
+            return None
+        y: Tensor = small.run(input, tuple(cores.values()), bias)  # type: ignore[arg-type]
+        return y
+
     def forward(self, input: Tensor) -> Tensor:
+        if self._small is not None and not input.is_nested:
+            small = self._small_forward(input)
+            if small is not None:
+                return small
         if input.is_nested:  # nn.TransformerEncoder hands them on when it skips padding
             parts = input.unbind()
             rows = torch.split(self.forward(torch.cat(parts)), [len(part) for part in parts])
@@ -124,8 +180,18 @@ class FactorizedLinear(FactorizedLayer):
             raise NetworkError(
                 f"input: the last dimension is in_features = {self.in_features}; got {tuple(input.shape)}"
             )
-        cores = self.active_cores()
-        return dispatch.linear(input, self.own_network, cores, self.bias, out_features=self.out_features)
+        frozen = self._frozen_forward()
+        if frozen is not None:
+            return frozen(input)
+        return dispatch.linear(
+            input,
+            self.own_network,
+            self.active_cores(),
+            self.bias,
+            out_features=self.out_features,
+            implementation=self.implementation,
+            backward=self.backward,
+        )
 
     def to_module(self) -> nn.Module:
         module = super().to_module()

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import cost, dispatch
+from .. import cost, decision, dispatch
 from ..cost import Cost
 from ..errors import ConversionError, FormatError, NetworkError
 from ..formats import Format, ModeProducts, Tucker
+from ..machine import Machine
 from ..network import Axis, Network
 from ..tensorize import MOST_MODES
-from .base import FactorizedLayer
+from .dispatched import DispatchedLayer
 from .kind import Settings, check_sizes, plain
 from .linear import FactorizedLinear
 
@@ -145,7 +146,7 @@ class TensorLinear(nn.Module):
         return f"in_shape={self.in_shape}, out_shape={self.out_shape}, bias={self.bias is not None}"
 
 
-class _TensorMap(FactorizedLayer):
+class _TensorMap(DispatchedLayer):
     """What both kinds share: a weight of (*out_shape, *in_shape), applied to the in dimensions together."""
 
     dense_types: ClassVar[tuple[type[nn.Module], ...]] = (TensorLinear,)
@@ -189,15 +190,43 @@ class _TensorMap(FactorizedLayer):
     def factorized_cost(cls, network: Network, settings: Mapping[str, Any], rows: int) -> Cost:
         return FactorizedLinear.factorized_cost(network, settings, rows)
 
+    @classmethod
+    def dense_seconds(
+        cls, settings: Mapping[str, Any], rows: int, machine: Machine, training: bool = False, itemsize: int = 4
+    ) -> float:
+        sizes = math.prod(settings["out_shape"]), math.prod(settings["in_shape"])
+        return decision.dense_seconds(*sizes, rows, machine, training=training, itemsize=itemsize)
+
+    @classmethod
+    def factorized_seconds(
+        cls,
+        network: Network,
+        settings: Mapping[str, Any],
+        rows: int,
+        machine: Machine,
+        training: bool = False,
+        itemsize: int = 4,
+    ) -> float:
+        return FactorizedLinear.factorized_seconds(network, settings, rows, machine, training, itemsize)
+
     @property
     def fan_in(self) -> int:
         return math.prod(self.in_shape)
 
     def forward(self, input: Tensor) -> Tensor:
         flat = _flat(input, self.in_shape)
-        bias = None if self.bias is None else self.bias.flatten()
-        count = math.prod(self.out_shape)
-        y = dispatch.linear(flat, self.own_network, self.active_cores(), bias, out_features=count)
+        frozen = self._frozen_forward()
+        if frozen is not None:
+            return frozen(input)
+        y = dispatch.linear(
+            flat,
+            self.own_network,
+            self.active_cores(),
+            None if self.bias is None else self.bias.flatten(),
+            out_features=math.prod(self.out_shape),
+            implementation=self.implementation,
+            backward=self.backward,
+        )
         return y.reshape(*flat.shape[:-1], *self.out_shape)
 
 

@@ -15,7 +15,7 @@ from ..errors import ReadOnlyWeightError
 _WRITE = (
     "the weight of a factorized layer is computed from its cores and cannot be written to ({what}): "
     "use reset_parameters() to draw new cores, from_dense() to fit them to a dense weight, requires_grad_() of the "
-    "layer to freeze them"
+    "layer to keep them as they are"
 )
 
 # normal_, add_; weight[0] = ..., weight.data = ..., del weight[0]; weight += ...
