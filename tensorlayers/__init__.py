@@ -9,6 +9,7 @@ _here = _Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir():
     __path__.append(str(_here.parent))
 
+from .advice import fastest_modes  # noqa: E402
 from .convert import convert_model, plan_conversion, summarize, to_dense  # noqa: E402
 from .dispatch import use_kernels  # noqa: E402
 from .errors import (  # noqa: E402
@@ -23,6 +24,7 @@ from .errors import (  # noqa: E402
     ReadOnlyWeightError,
     TensorlayersError,
 )
+from .explain import explain  # noqa: E402
 from .formats import BTT, CP, TT, Format, LowRank, Tucker  # noqa: E402
 from .interop import from_tltorch, load_tltorch_state  # noqa: E402
 from .layers import (  # noqa: E402
@@ -38,6 +40,8 @@ from .layers import (  # noqa: E402
     TensorContraction,
     TensorLinear,
     TensorRegression,
+    freeze,
+    unfreeze,
 )
 from .network import Mode, Network  # noqa: E402
 from .plan import ConversionPlan  # noqa: E402
@@ -77,6 +81,9 @@ __all__ = [
     "TensorlayersError",
     "Tucker",
     "convert_model",
+    "explain",
+    "fastest_modes",
+    "freeze",
     "from_tltorch",
     "load_pretrained",
     "load_tltorch_state",
@@ -88,5 +95,6 @@ __all__ = [
     "summarize",
     "to_dense",
     "truncate",
+    "unfreeze",
     "use_kernels",
 ]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from . import optimizer as optimizers
 from .decide import decide, entry_for
-from .entry import Entry, entry_of
+from .entry import ROWS, Entry, Work, entry_of
 from .errors import ConversionError, TensorlayersError
 from .formats import Format
 from .keys import Choice, Shares, check_alike
@@ -32,9 +32,17 @@ def plan_conversion(
     force: bool = False,
     fold: bool = False,
     errors: bool = True,
+    rows: int = ROWS,
+    device: str | None = None,
     progress: bool | None = None,
 ) -> ConversionPlan:
     """Say what `convert_model` would do to each layer, and what that costs. The model is not changed.
+
+    A layer stays dense where nothing would be saved, or where it is predicted to take more than 1.05 x the time of the
+    dense layer: in a forward, or in a training step. Of a layer in evaluation mode without a parameter that requires a
+    gradient only the forward counts. Of layers that are factorized jointly the sum counts; of a kind without an
+    estimate of time, MACs; of lookups, which have none, the parameters alone. Where a format has more MACs than the
+    dense layer, or is predicted slower, the plan says what would pay: a rank, other modes, another format.
 
     Parameters
     ----------
@@ -50,12 +58,16 @@ def plan_conversion(
     where : callable, optional
         (name, module) -> bool; layers for which it is false stay dense.
     force : bool
-        Convert also the layers that this would make larger or slower.
+        Convert also the layers that this would make larger or slower; then no advice is given.
     fold : bool
         Convert also layers whose weight is computed from other tensors (weight norm, spectral norm, pruning, any
         parametrization): the weight as it is now is factorized, and the computation is gone.
     errors : bool
         Decompose each weight to state its relative error. Takes as long as the conversion.
+    rows : int
+        Rows in the batch that costs are stated and compared for: tokens, output positions of a convolution, lookups.
+    device : str, optional
+        The device type whose constants times are predicted by; by default that of the model's parameters.
     progress : bool, optional
         A progress bar; by default where the output is a terminal.
 
@@ -66,12 +78,14 @@ def plan_conversion(
     Raises
     ------
     ConversionError
-        If a key matches nothing, a value is no format, or layers that are to share cores are not alike.
+        If a key matches nothing, a value is no format, layers that are to share cores are not alike, or rows or device
+        are none.
     RankError, ModeError, FormatError
         If a format named for a layer does not fit its shape.
     """
+    work = _work(model, rows, device)
     found = scan(model, fold)
-    entries = decide(found, model, formats, share or {}, where, force)
+    entries = decide(found, model, formats, share or {}, where, force, work)
     if errors:
         known = {layer.name: layer for layer in found}
         meta = {layer.name for layer in found if any(p.is_meta for p in layer.module.parameters())}
@@ -82,7 +96,7 @@ def plan_conversion(
                 if meta.isdisjoint(entry.name for entry in group):
                     made.update({e.name: m.error for e, m in zip(group, _factorize(group, known), strict=True)})
         entries = [replace(entry, error=made.get(entry.name)) for entry in entries]
-    return ConversionPlan(entries, _parameters(model))
+    return ConversionPlan(entries, _parameters(model), work=work)
 
 
 def convert_model(
@@ -95,13 +109,16 @@ def convert_model(
     where: Callable[[str, nn.Module], bool] | None = None,
     force: bool = False,
     fold: bool = False,
+    rows: int = ROWS,
+    device: str | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
     """Replace dense layers by factorized ones.
 
     Tied weights stay tied (and dense); device, dtype, training mode, requires_grad, forward and backward hooks and
-    a missing bias are kept. By default a layer stays dense where the cost model predicts more than 1.05 x its FLOPs,
-    or where nothing would be saved; one warning says how many, and why.
+    a missing bias are kept. By default a layer stays dense where it is predicted to take more than 1.05 x the time of
+    the dense layer, or where nothing would be saved (see `plan_conversion`); one warning says how many, why, and what
+    would pay.
 
     The projections of an ``nn.MultiheadAttention`` are linear layers of their own, named ``q_proj``, ``k_proj``,
     ``v_proj`` and ``out_proj``: where one of them is converted, a `ProjectedAttention` takes the module's place.
@@ -119,7 +136,7 @@ def convert_model(
     optimizer : torch.optim.Optimizer, optional
         What trains `model`. It is changed so that it trains the converted model: the cores take the places of their
         weights in the parameter groups, without their moments; all else keeps its state.
-    share, where, force, fold, progress
+    share, where, force, fold, rows, device, progress
         See `plan_conversion`. With a plan, all but `progress` are already decided.
 
     Returns
@@ -137,15 +154,25 @@ def convert_model(
     if optimizer is not None:
         optimizers.check(optimizer, model)
     if isinstance(formats, ConversionPlan):
-        if where is not None or force or share or fold:
-            raise ConversionError(
-                "convert_model: a plan is already decided; share, where, force and fold go to plan_conversion"
-            )
+        if where is not None or force or share or fold or device or rows != ROWS:
+            others = "share, where, force, fold, rows and device"
+            raise ConversionError(f"convert_model: a plan is already decided; {others} go to plan_conversion")
         plan = formats
     else:
-        plan = plan_conversion(model, formats, share=share, where=where, force=force, fold=fold, errors=False)
+        plan = plan_conversion(
+            model,
+            formats,
+            share=share,
+            where=where,
+            force=force,
+            fold=fold,
+            errors=False,
+            rows=rows,
+            device=device,
+        )
         if plan.advice:
-            warnings.warn(f"{plan.advice}. force=True converts them all the same", stacklevel=2)
+            said = (f"{plan.advice}. force=True converts them all the same", plan.alternatives)
+            warnings.warn(". ".join(filter(None, said)), stacklevel=2)
         asked = [entry for entry in plan if entry.blocked and isinstance(formats, Mapping) and formats.get(entry.name)]
         for entry in asked:
             warnings.warn(f"layer {entry.name!r} stays dense: {entry.reason}", stacklevel=2)
@@ -202,21 +229,23 @@ def summarize(model: nn.Module) -> ConversionPlan:
     Returns
     -------
     ConversionPlan
-        Prints as a table. `error` is that of the weight when it was decomposed, before any training.
+        Prints as a table. `error` is that of the weight when it was decomposed, before any training. Of a frozen
+        layer the dense weight counts, beside the cores.
     """
     entries: dict[str, Entry] = {}
+    work = _work(model)
     for layer in scan(model):
-        entries[layer.name] = entry_for(layer).dense(layer.obstacle or "not converted", bool(layer.obstacle))
+        entries[layer.name] = entry_for(layer, work).dense(layer.obstacle or "not converted", bool(layer.obstacle))
     names = module_names(model)
     sharing: dict[int, str] = {}
     total = _parameters(model)
     for name, module in model.named_modules():
         if isinstance(module, FactorizedLayer):
             share = sharing.setdefault(id(module.cores[0]), f"with {name}") if module.stack else ""
-            entries[name] = entry_of(name, module, tuple(names[id(module)][1:]), share)
-            before, after = entries[name].parameters
-            total += before - after
-    return ConversionPlan([entries[name] for name in in_order(model, entries)], total, "summary")
+            entry = entries[name] = entry_of(name, module, tuple(names[id(module)][1:]), share, work)
+            (size, held), cached = entry.parameters, entry.parameters[0] if entry.frozen else 0
+            total += size - (held - cached)
+    return ConversionPlan([entries[name] for name in in_order(model, entries)], total, "summary", work)
 
 
 def _check(entry: Entry, found: Mapping[str, Found]) -> None:
@@ -228,7 +257,7 @@ def _check(entry: Entry, found: Mapping[str, Found]) -> None:
         obstacle = "parametrized: its weight is computed from other tensors"
     if entry.converted and obstacle:
         raise ConversionError(f"plan: layer {entry.name!r} cannot be converted: {obstacle}")
-    model = entry_for(layer)
+    model = entry_for(layer, entry.work)
     if model.layer != entry.layer:
         raise ConversionError(f"plan: layer {entry.name!r} is of kind {model.layer!r}; in the plan {entry.layer!r}")
     if model.shape != entry.shape:
@@ -267,6 +296,12 @@ def _factorize(group: Sequence[Entry], found: Mapping[str, Found]) -> list[Facto
         return list(layer_type(group[0].layer).from_dense_jointly(modules, format))
     except TensorlayersError as error:
         raise ConversionError(f"layer {group[0].name!r}: {error}") from error
+
+
+def _work(model: nn.Module, rows: int = ROWS, device: str | None = None) -> Work:
+    """What costs are stated for; by default on the device of the model's first parameter."""
+    first = next(model.parameters(), None)
+    return Work(rows, device or ("cpu" if first is None else first.device.type))
 
 
 def _parameters(model: nn.Module) -> int:

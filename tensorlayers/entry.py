@@ -7,13 +7,66 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from .errors import ConversionError, TensorlayersError
 from .formats import Format, from_dict
 from .layers import FactorizedLayer, Settings, layer_type, layer_types
+from .machine import Machine, machine
 from .network import Axis, Network, modes_by_axis
 
 ROWS = 1024
-"""Rows in the batch at which MACs are stated and compared, per row: a token; of a convolution a position."""
+"""Rows in the batch that costs are stated for, where nothing else is said."""
+
+SMALL = 2**16
+"""Weights up to which a layer has no estimate of its time at `ROWS`: it would be one of what launching operations costs,
+which depends on what surrounds the layer more than on the layer. MACs decide there. Of a grouped convolution it counts
+what it would have without groups."""
+
+TINY = 2**8
+"""Weights below which a factorized layer is slower at `ROWS` whatever its MACs: it is launches alone."""
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a number of something: an integer of at least 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What costs are stated for.
+
+    Parameters
+    ----------
+    rows : int
+        Rows in a batch: tokens, lookups. A convolution is taken at 16 output positions a row (of a transposed one input
+        positions): a batch of images has many more positions than one of text has tokens.
+    device : str
+        The device type: "cpu", "cuda", ...
+
+    Raises
+    ------
+    ConversionError
+        If the rows are no integer of at least 1, or the device is no type that torch knows.
+    """
+
+    rows: int = ROWS
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not is_count(self.rows) or not self.rows:
+            raise ConversionError(f"rows: an integer of at least 1; got {self.rows!r}")
+        try:
+            kind = torch.device(self.device).type
+        except (RuntimeError, TypeError):
+            raise ConversionError(f"device: a device type such as 'cpu' or 'cuda'; got {self.device!r}") from None
+        # What is on the meta device will run elsewhere.
+        object.__setattr__(self, "device", "cpu" if kind == "meta" else kind)
+
+    @property
+    def machine(self) -> Machine:
+        """The constants that predictions for it rest on."""
+        return machine(self.device)
 
 
 @dataclass(frozen=True)
@@ -34,14 +87,18 @@ class Entry:
         What it is converted to; None where it stays dense.
     network : Network or None
     parameters, macs : tuple of int
-        Before and after. Parameters of the weight, of shared cores an equal part; MACs a row, in a batch of 1024
-        rows.
+        Before and after. Parameters of the weight, of shared cores an equal part; MACs a row, in a batch of
+        ``work.rows`` rows.
     stack : (int, int) or None
         Where the layer is factorized jointly with others: how many they are, and its position among them.
     share : str
         The name of that group of layers; empty where there is none.
     fold : bool
         Whether the layer's weight is computed (weight norm, ...) and folded to a plain one first.
+    work : Work
+        What costs are stated for.
+    frozen : bool
+        Whether the layer computes with a dense weight that it keeps beside its cores.
     error : float or None
         Relative error of the weight, where it has been computed.
     reason : str
@@ -50,6 +107,8 @@ class Entry:
         The reason is one that no `force` overrides (tied, parametrized, ...).
     notes : tuple of str
         What was clamped or padded.
+    advice : str
+        Where the format has more MACs than the dense layer or is predicted slower, what would pay; else empty.
     """
 
     name: str
@@ -68,13 +127,21 @@ class Entry:
     stack: tuple[int, int] | None = None
     share: str = ""
     fold: bool = False
+    work: Work = Work()
+    frozen: bool = False
+    advice: str = ""
 
     def __post_init__(self) -> None:
         if self.parameters == (0, 0) and self.settings:
-            size = math.prod(self.shape)
+            size, rows = math.prod(self.shape), self.rows
             object.__setattr__(self, "parameters", (size, size))
-            macs = layer_type(self.layer).dense_cost(self.settings, ROWS).macs // ROWS
+            macs = layer_type(self.layer).dense_cost(self.settings, rows).macs // rows
             object.__setattr__(self, "macs", (macs, macs))
+
+    @property
+    def rows(self) -> int:
+        """The rows (or positions) that this layer's costs are stated for."""
+        return self.work.rows * layer_type(self.layer).positions
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -91,6 +158,26 @@ class Entry:
         """Whether the layer is factorized."""
         return self.format is not None
 
+    def seconds(self, *, training: bool) -> tuple[float, float] | None:
+        """The predicted time on `rows` rows, before and after, of a forward or of a whole training step.
+
+        In seconds; computed when asked for, from the constants of this machine. A training step is a forward and a
+        backward of all gradients. None: there is no estimate for this layer, for instance where it is `SMALL`.
+        """
+        if not self.settings or (self.work.rows == ROWS and self._ungrouped <= SMALL):
+            return None
+        layer, rows, machine = layer_type(self.layer), self.rows, self.work.machine
+        before = layer.dense_seconds(self.settings, rows, machine, training)
+        after = before
+        if self.network is not None and not self.frozen:
+            own = self.network.without(self.network.names("stack"))
+            after = layer.factorized_seconds(own, self.settings, rows, machine, training)
+        return None if before is None or after is None else (before, after)
+
+    @property
+    def _ungrouped(self) -> int:
+        return self.parameters[0] * math.prod(axis.size for axis in self.axes if axis.role == "group")
+
     def dense(self, reason: str, blocked: bool = False) -> Entry:
         """This layer left dense."""
         return replace(
@@ -101,6 +188,7 @@ class Entry:
             macs=(self.macs[0],) * 2,
             error=None,
             notes=(),
+            advice="",
             reason=reason,
             blocked=blocked,
             stack=None,
@@ -119,25 +207,34 @@ class Entry:
         count, position = self.stack or (1, 0)
         network, clamped = layer.resolve(format, self.settings, self.stack and count)
         own = network.without(network.names("stack"))
-        factorized = layer.factorized_cost(own, self.settings, ROWS)
+        rows = self.rows
+        factorized = layer.factorized_cost(own, self.settings, rows)
         part, rest = divmod(network.num_parameters, count)
         return replace(
             self,
             format=format,
             network=network,
             parameters=(self.parameters[0], part + (position < rest)),
-            macs=(self.macs[0], factorized.macs // ROWS),
+            macs=(self.macs[0], factorized.macs // rows),
             error=None,
             reason="",
+            advice="",
             notes=(*clamped, *_padding(network, self.axes)),
         )
 
 
-def entry_of(name: str, layer: FactorizedLayer, aliases: tuple[str, ...] = (), share: str = "") -> Entry:
-    """The entry of a layer that is factorized already."""
-    settings = layer.settings_of(layer)
-    entry = Entry(name, layer.source, layer.kind, settings, aliases=aliases, stack=layer.stack, share=share)
-    return replace(entry.with_format(layer.format.pin(layer.network)), error=layer.error)
+def entry_of(
+    name: str, layer: FactorizedLayer, aliases: tuple[str, ...] = (), share: str = "", work: Work | None = None
+) -> Entry:
+    """The entry of a layer that is factorized already. Of a frozen one the dense weight counts, beside the cores."""
+    settings, work = layer.settings_of(layer), work or Work()
+    entry = Entry(name, layer.source, layer.kind, settings, aliases=aliases, stack=layer.stack, share=share, work=work)
+    entry = replace(entry.with_format(layer.format.pin(layer.network)), error=layer.error)
+    if not layer.frozen:
+        return entry
+    (size, cores), (macs, _) = entry.parameters, entry.macs
+    notes = (*entry.notes, "frozen: it computes with its dense weight, which is counted beside the cores")
+    return replace(entry, parameters=(size, cores + size), macs=(macs, macs), notes=notes, frozen=True)
 
 
 def _padding(network: Network, axes: Sequence[Axis]) -> Iterator[str]:
@@ -146,11 +243,6 @@ def _padding(network: Network, axes: Sequence[Axis]) -> Iterator[str]:
         if padded > axis.size:
             sizes = " x ".join(str(mode.size) for mode in modes)
             yield f"{axis.role} {axis.size} padded to {padded} = {sizes}"
-
-
-def is_count(value: object) -> bool:
-    """Whether a value is a number of something: an integer of at least 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_counts(value: object, lengths: tuple[int, ...]) -> bool:
@@ -176,6 +268,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "stack": ("(layers, position) or null", lambda v: v is None or (_is_counts(v, (2,)) and v[1] < v[0] > 1)),
     "share": ("a string", lambda v: isinstance(v, str)),
     "fold": ("true or false", lambda v: isinstance(v, bool)),
+    "advice": ("a string", lambda v: isinstance(v, str)),
 }
 _OPTIONAL: dict[str, Any] = {
     "error": None,
@@ -186,11 +279,12 @@ _OPTIONAL: dict[str, Any] = {
     "stack": None,
     "share": "",
     "fold": False,
+    "advice": "",
 }
 
 
-def read_entry(item: Mapping[str, Any]) -> Entry:
-    """An entry from plain data; its costs are computed anew.
+def read_entry(item: Mapping[str, Any], work: Work) -> Entry:
+    """An entry from plain data; its costs are computed anew, and what was said of another format is dropped.
 
     Raises
     ------
@@ -218,15 +312,17 @@ def read_entry(item: Mapping[str, Any]) -> Entry:
             stack=None if item["stack"] is None else tuple(item["stack"]),
             share=item["share"],
             fold=item["fold"],
+            work=work,
         )
     except TensorlayersError as error:
         raise ConversionError(f"{where}: settings: {error}") from None
+    advice = item["advice"] if item.get("stated_for") == item["format"] else ""
     if item["format"] is None:
-        return entry.dense(item["reason"], item["blocked"])
+        return replace(entry.dense(item["reason"], item["blocked"]), advice=advice)
     if not entry.settings:
         raise ConversionError(f"{where}: format: a layer without a shape stays dense")
     try:
         converted = entry.with_format(from_dict(item["format"]))
     except TensorlayersError as error:
         raise type(error)(f"{where}: format: {error}") from None
-    return replace(converted, error=item["error"] if item.get("error_of") == item["format"] else None)
+    return replace(converted, error=item["error"] if item.get("stated_for") == item["format"] else None, advice=advice)

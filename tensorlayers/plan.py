@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import table
-from .entry import Entry, is_count, read_entry
+from .entry import Entry, Work, is_count, read_entry
 from .errors import ConversionError
 from .formats import Format
 from .layers import FactorizedLayer
+from .machine import SHIPPED, Machine, read
 from .network import modes_by_axis
 
-VERSION = 2
-_HEAD = ("layer", "kind", "shape", "format", "modes", "ranks", "params", "MACs", "error")
+VERSION = 3
+_HEAD = ("layer", "kind", "shape", "format", "modes", "ranks", "params", "MACs", "forward", "training", "error")
+_STEPS = {"forward": False, "training step": True}
+_NAMED = 3  # pieces of advice that a warning gives
 
 
 class ConversionPlan:
@@ -31,21 +35,27 @@ class ConversionPlan:
         Parameters of the whole dense model, each tensor counted once.
     title : str
         The table's heading.
+    work : Work
+        What the costs are stated for.
 
     Examples
     --------
     >>> import torch, tensorlayers as tl
-    >>> plan = tl.plan_conversion(torch.nn.Sequential(torch.nn.Linear(64, 64)), tl.LowRank(0.5))
+    >>> model = torch.nn.Sequential(torch.nn.Linear(512, 512))
+    >>> plan = tl.plan_conversion(model, tl.LowRank(0.25), errors=False)
     >>> plan["0"].network.ranks
-    (16,)
+    (64,)
     >>> plan["0"] = tl.LowRank(8)     # edit
     >>> plan["0"] = None              # leave dense
     """
 
-    def __init__(self, entries: Any, total: int, title: str = "conversion plan") -> None:
+    def __init__(
+        self, entries: Iterable[Entry], total: int, title: str = "conversion plan", work: Work | None = None
+    ) -> None:
         self._entries = {entry.name: entry for entry in entries}
         self.total = total
         self.title = title
+        self.work = work or Work()
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
@@ -54,8 +64,7 @@ class ConversionPlan:
         return len(self._entries)
 
     def __getitem__(self, name: str) -> Entry:
-        entry: Entry = self._entries[self._name(name)]
-        return entry
+        return self._entries[self._name(name)]
 
     def __setitem__(self, name: str, format: Format | Entry | None) -> None:
         """Choose another format for a layer (None: leave it dense). A blocked layer cannot be converted.
@@ -105,6 +114,17 @@ class ConversionPlan:
         """MACs a row of the layers listed, before and after."""
         return sum(entry.macs[0] for entry in self), sum(entry.macs[1] for entry in self)
 
+    def seconds(self, *, training: bool) -> tuple[float, float]:
+        """Predicted seconds of the layers listed, before and after, of those that have an estimate.
+
+        Parameters
+        ----------
+        training : bool
+            Of a forward and a backward of all gradients; else of a forward alone.
+        """
+        found = [seconds for entry in self if (seconds := entry.seconds(training=training))]
+        return sum(before for before, _ in found), sum(after for _, after in found)
+
     @property
     def advice(self) -> str:
         """How many layers stay dense because converting them would not pay, and why; empty where there are none."""
@@ -116,9 +136,16 @@ class ConversionPlan:
         count = sum(entry.reason.startswith(("predicted slower", "nothing saved")) for entry in self)
         return f"{count} of {len(self)} layers stay dense: {'; '.join(groups)}" if groups else ""
 
+    @property
+    def alternatives(self) -> str:
+        """What would pay where a format has more MACs than dense or is predicted slower; empty where none does."""
+        advice = list(dict.fromkeys(entry.advice for entry in self if entry.advice))
+        rest = len(advice) - _NAMED
+        return ". ".join([*advice[:_NAMED], *([f"The plan has {rest} more such notes"] if rest > 0 else [])])
+
     def __str__(self) -> str:
         rows = [_row(entry) for entry in self]
-        notes = Counter(note for entry in self for note in entry.notes)
+        notes = Counter(note for entry in self for note in (*entry.notes, *filter(None, [entry.advice])))
         (before, after), macs = self.parameters, self.macs
         return "\n".join(
             [
@@ -128,8 +155,26 @@ class ConversionPlan:
                 f"{len(self.converted)} of {len(self)} layers converted; "
                 f"parameters {before:,} -> {after:,} ({after / max(before, 1):.1%})",
                 f"MACs a row of these layers {macs[0]:,} -> {macs[1]:,} ({macs[1] / max(macs[0], 1):.1%})",
+                *self._time(),
             ]
         )
+
+    def _time(self) -> Iterator[str]:
+        """The lines on the time that the layers listed are predicted to take, and what the prediction rests on."""
+        times = {what: self.seconds(training=training) for what, training in _STEPS.items()}
+        if not any(map(any, times.values())):
+            return
+        totals = [
+            f"{what} {table.duration(before)} -> {table.duration(after)} ({after / before:.1%})"
+            for what, (before, after) in times.items()
+        ]
+        yield f"predicted time of {self.work.rows:,} rows: {'; '.join(totals)}"
+        machine = self.work.machine
+        threads = f"{torch.get_num_threads()} threads, " if machine.threads else ""
+        origin = "as shipped" if _is_shipped(machine) else "measured"
+        unknown = sum(bool(entry.settings) and entry.seconds(training=False) is None for entry in self)
+        left = f"; {unknown} layer{'s' * (unknown > 1)} without an estimate not counted" if unknown else ""
+        yield f"by the constants of {machine.name!r} ({threads}float32, {origin}){left}"
 
     def with_errors(self, model: nn.Module) -> ConversionPlan:
         """This plan with the errors of the model that it was carried out on."""
@@ -137,19 +182,23 @@ class ConversionPlan:
         for entry in self:
             layer = model.get_submodule(entry.name) if entry.converted else None
             entries.append(replace(entry, error=layer.error) if isinstance(layer, FactorizedLayer) else entry)
-        return ConversionPlan(entries, self.total, "converted")
+        return ConversionPlan(entries, self.total, "converted", self.work)
 
     def to_json(self) -> str:
-        """The plan as JSON text: the layers with their formats, and for reading what they cost."""
+        """The plan as JSON text: the layers with their formats, and for reading what they cost.
+
+        Times are left out: they are predicted anew, from the constants of the machine that reads the plan.
+        """
         layers = []
         for entry in self:
-            data = {k: v for k, v in asdict(entry).items() if k not in ("format", "network")}
+            data = {k: v for k, v in asdict(entry).items() if k not in ("format", "network", "work", "frozen")}
             data["shape"] = entry.shape  # for reading
             data["format"] = entry.format.to_dict() if entry.format else None
-            # What the error belongs to: a format that is edited by hand must not keep it.
-            data["error_of"] = data["format"] if entry.error is not None else None
+            # What error and advice belong to: a format that is edited by hand must not keep them.
+            data["stated_for"] = data["format"]
             layers.append(data)
-        return json.dumps({"version": VERSION, "total": self.total, "layers": layers}, indent=1)
+        head = {"version": VERSION, "total": self.total, "rows": self.work.rows, "device": self.work.device}
+        return json.dumps({**head, "layers": layers}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> ConversionPlan:
@@ -174,11 +223,26 @@ class ConversionPlan:
             raise ConversionError(f"plan: total is a number of parameters; got {total!r}")
         if not isinstance(layers, list) or not all(isinstance(item, dict) for item in layers):
             raise ConversionError("plan: layers is a list of objects")
-        entries = [read_entry(item) for item in layers]
+        work = _read_work(data)
+        entries = [read_entry(item, work) for item in layers]
         twice = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
         if twice:
             raise ConversionError(f"plan: layer {twice[0]!r} is listed more than once")
-        return cls(entries, total)
+        return cls(entries, total, work=work)
+
+
+def _read_work(data: dict[str, Any]) -> Work:
+    for key in ("rows", "device"):
+        if key not in data:
+            raise ConversionError(f"plan: {key} is missing")
+    try:
+        return Work(data["rows"], data["device"])
+    except ConversionError as error:
+        raise ConversionError(f"plan: {error}") from None
+
+
+def _is_shipped(machine: Machine) -> bool:
+    return machine.to_json() in {read(path).to_json() for path in SHIPPED.glob("*.json")}
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
@@ -186,6 +250,7 @@ def _row(entry: Entry) -> tuple[str, ...]:
     shape = "x".join(str(size) for size in entry.shape)
     if not entry.format or not entry.network:
         return name, kind, shape, f"dense: {entry.reason}"
+    times = [entry.seconds(training=training) for training in _STEPS.values()]
     sides = ["x".join(str(mode.size) for mode in modes) for modes in modes_by_axis(entry.axes, entry.network)]
     return (
         name,
@@ -196,5 +261,6 @@ def _row(entry: Entry) -> tuple[str, ...]:
         ",".join(str(rank) for rank in entry.network.ranks),
         "->".join(table.count(number) for number in entry.parameters),
         "->".join(table.count(number) for number in entry.macs),
+        *(table.durations(*pair) if pair else "-" for pair in times),
         "-" if entry.error is None else f"{entry.error:.3f}",
     )

@@ -1,11 +1,11 @@
-"""Printing rows of text as a table of at most 100 columns."""
+"""Printing rows of text as a table of at most 120 columns."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
 
-WIDTH = 100
+WIDTH = 120
 
 
 def lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -57,6 +57,25 @@ def count(number: float) -> str:
         number /= 1000
         del units[0]
     return f"{number:.3g}{units[0]}"
+
+
+def duration(seconds: float) -> str:
+    """A time to two digits: 12us, 3.4ms, 120ms, 1.2s."""
+    return "".join(_scaled(seconds))
+
+
+def durations(before: float, after: float) -> str:
+    """Two times with one unit where they share it: 3.4->1.2ms, 1.2ms->120us."""
+    (first, unit), (second, other) = _scaled(before), _scaled(after)
+    return f"{first}->{second}{unit}" if unit == other else f"{first}{unit}->{second}{other}"
+
+
+def _scaled(seconds: float) -> tuple[str, str]:
+    units = [(seconds * 1e6, "us"), (seconds * 1e3, "ms"), (seconds, "s")]
+    number, unit = next(((number, unit) for number, unit in units if number < 995), units[-1])
+    if number < 9.95:
+        return f"{number:.1f}", unit
+    return f"{round(number) if number < 99.5 else 10 * round(number / 10)}", unit
 
 
 def wrapped(line: str) -> list[str]:

@@ -95,6 +95,42 @@ def skewed_modes(size: int, order: int, inner: int = 128) -> tuple[int, ...]:
     return (*outer, rest)
 
 
+@lru_cache(maxsize=4096)
+def mode_choices(size: int, order: int) -> tuple[tuple[int, ...], ...]:
+    """Splits of a dimension to choose among for speed: balanced, skewed, and some in between.
+
+    The skewed ones have small outer modes, from 2 upwards by factors of about 4, and one large mode that takes the
+    rest. Each comes with the small modes first and last, since that decides what is contracted first.
+
+    Parameters
+    ----------
+    size, order : int
+
+    Returns
+    -------
+    tuple of tuple of int
+        Distinct; the product of each is `size`, or slightly above where that does not split so.
+
+    Examples
+    --------
+    >>> mode_choices(768, 2)
+    ((24, 32), (32, 24), (2, 384), (384, 2), (8, 96), (96, 8))
+    """
+    balanced = balanced_modes(size, order)
+    found = [balanced, balanced[::-1]]
+    outer = 2
+    while order > 1 and 2 * outer <= balanced[0]:
+        modes: tuple[int, ...] = ()
+        rest = size
+        for _ in range(order - 1):
+            exact = [mode for mode in range(outer, 2 * outer) if rest % mode == 0]
+            modes = (*modes, exact[0] if exact else outer)
+            rest = -(-rest // modes[-1])
+        found += [(*modes, rest), (rest, *modes[::-1])]
+        outer *= 4
+    return tuple(dict.fromkeys(found))
+
+
 def check_modes(modes: Sequence[int], size: int, what: str) -> tuple[int, ...]:
     """Validate modes that a user gave for a dimension.
 

@@ -21,24 +21,32 @@ ORDER = [
     {"demo"},
     {"evaluate", "convert"},
     {"decide"},
+    {"advice"},
     {"keys"},
     {"serialize", "scan", "interop"},
     {"plan"},
     {"entry"},
-    {"regularize"},
+    {"regularize", "explain"},
     {"surgery", "hub", "table", "factors"},
     {"fold", "optimizer"},
     {"layers"},
     {"dispatch"},
-    {"functional", "lookup"},
+    {"products", "small", "measure"},
+    {"functional", "lookup", "autograd", "decision"},
+    {"lowering"},
+    {"orders"},
+    {"matmul"},
+    {"codegen"},
+    {"program", "conv_chunks"},
     {"convolution", "gather"},
-    {"conv_search"},
+    {"conv_search", "measure_conv", "measure_gemm"},
+    {"conv_cost", "conv_maps"},
     {"formats"},
     {"fit"},
     {"decompose", "rank", "rounding", "tensorize"},
     {"contraction", "precision"},
     {"cost"},
-    {"network"},
+    {"network", "machine", "timing"},
     {"errors"},
 ]
 
@@ -155,7 +163,8 @@ def archives(tmp_path_factory):
 
 def test_archives_hold_every_module(archives):
     source, wheel = archives
-    wanted = {path.relative_to(ROOT).as_posix() for path in modules()} | {"tensorlayers/py.typed"}
+    files = [*modules(), PACKAGE / "py.typed", *(PACKAGE / "machines").glob("*.json")]
+    wanted = {path.relative_to(ROOT).as_posix() for path in files}
     kernels = {path.name for path in (ROOT / "kernels").glob("*.py")}
     names = set(zipfile.ZipFile(wheel).namelist())
     assert wanted | {f"tensorlayers/kernels/{name}" for name in kernels} <= names

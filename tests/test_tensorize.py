@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tensorlayers.errors import ModeError
 from tensorlayers.formats import BTT, TT, available
-from tensorlayers.tensorize import balanced_modes, boxes, check_modes, skewed_modes, validate_modes
+from tensorlayers.tensorize import balanced_modes, boxes, check_modes, mode_choices, skewed_modes, validate_modes
 
 FORMATS = [pytest.param(cls, id=name) for name, cls in available().items()]
 SIZES = st.one_of(st.integers(1, 300), st.integers(1, 60_000))
@@ -239,3 +239,30 @@ def test_boxes_of_a_full_tensor_are_one():
 
 def test_boxes_are_disjoint_by_hand():
     assert list(itertools.chain(boxes(5, (2, 3)))) == [(slice(0, 1), slice(0, 3)), (slice(1, 2), slice(0, 2))]
+
+
+# Modes to choose among
+
+
+@given(size=SIZES, order=st.integers(1, 4))
+def test_choices_hold_the_dimension_and_the_balanced_modes(size, order):
+    choices = mode_choices(size, order)
+    assert choices[0] == balanced_modes(size, order)
+    assert len(set(choices)) == len(choices) <= 24
+    for modes in choices:
+        assert len(modes) == order
+        assert modes[::-1] in choices
+        assert size <= math.prod(modes) <= max(math.prod(choices[0]), size * 1.2 + 2**order)
+
+
+@pytest.mark.parametrize(
+    ("size", "order", "choices"),
+    [
+        (768, 1, ((768,),)),
+        (768, 2, ((24, 32), (32, 24), (2, 384), (384, 2), (8, 96), (96, 8))),
+        (17, 2, ((3, 6), (6, 3))),
+        (1009, 2, (balanced_modes(1009, 2), balanced_modes(1009, 2)[::-1], (2, 505), (505, 2), (8, 127), (127, 8))),
+    ],
+)
+def test_choices_by_hand(size, order, choices):
+    assert mode_choices(size, order) == choices

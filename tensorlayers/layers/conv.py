@@ -29,6 +29,8 @@ Size = int | tuple[int, ...]
 class _FactorizedConv(DispatchedLayer):
     """What all convolutions share. `_settings` are torch's own attributes, in the order of its constructor."""
 
+    positions: ClassVar[int] = 16
+
     _settings: ClassVar[tuple[str, ...]]
     transposed: ClassVar[bool] = False
     dimensions: ClassVar[int]

@@ -40,6 +40,8 @@ class LayerKind(ABC):
     """The layer kind in plans and files."""
     dense_types: ClassVar[tuple[type[nn.Module], ...]]
     """The layers of torch that this kind can replace."""
+    positions: ClassVar[int] = 1
+    """Rows that this kind's costs are stated for, to each row of a linear layer."""
 
     @classmethod
     @abstractmethod

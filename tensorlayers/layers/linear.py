@@ -14,9 +14,9 @@ from .. import contraction, cost, decision, dispatch
 from ..cost import Cost
 from ..errors import NetworkError
 from ..formats import Format, LowRank
-from ..lowering import Task
 from ..machine import Machine
 from ..network import Axis, Network, linear_axes
+from ..program import Task
 from ..small import small as small_product
 from .dispatched import DispatchedLayer
 from .frozen import is_any_frozen

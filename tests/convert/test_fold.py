@@ -59,7 +59,7 @@ def test_a_computed_weight_is_factorized_as_it_is(name, inplace):
 
 def test_a_plan_remembers_to_fold():
     model = nn.Sequential(LAYERS["weight norm"]())
-    plan = tl.ConversionPlan.from_json(plan_conversion(model, LowRank(4), fold=True).to_json())
+    plan = tl.ConversionPlan.from_json(plan_conversion(model, LowRank(4), fold=True, force=True).to_json())
     assert plan["0"].fold
     assert isinstance(convert_model(model, plan)[0], FactorizedLinear)
     blocked = plan_conversion(model, LowRank(4))
@@ -71,7 +71,7 @@ def test_a_plan_remembers_to_fold():
 def test_a_frozen_weight_stays_frozen(name):
     layer = LAYERS[name]().requires_grad_(False)
     layer.bias.requires_grad_(True)
-    converted = convert_model(nn.Sequential(layer), LowRank(4), fold=True)
+    converted = convert_model(nn.Sequential(layer), LowRank(4), fold=True, force=True)
     assert {key: p.requires_grad for key, p in converted[0].named_parameters()} == {
         "cores.0": False,
         "cores.1": False,
@@ -122,7 +122,7 @@ def test_hooks_that_cannot_be_copied_are_kept_in_place():
 
     model, counter = nn.Sequential(LAYERS["weight norm"]()), Counter()
     model[0].register_forward_hook(counter)
-    convert_model(model, LowRank(4), fold=True, inplace=True)(torch.randn(3, 12))
+    convert_model(model, LowRank(4), fold=True, force=True, inplace=True)(torch.randn(3, 12))
     assert counter.calls == 1
 
 
@@ -134,7 +134,7 @@ def test_what_cannot_be_folded_stays():
 
 def test_saved_and_loaded_into_the_parametrized_architecture(tmp_path):
     model = nn.Sequential(LAYERS["weight norm"](), nn.Tanh())
-    converted = convert_model(model, LowRank(4), fold=True)
+    converted = convert_model(model, LowRank(4), fold=True, force=True)
     tl.save_pretrained(converted, tmp_path)
     loaded = tl.load_pretrained(tmp_path, nn.Sequential(LAYERS["weight norm"](), nn.Tanh()))
     x = torch.randn(3, 12)
