@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -95,7 +96,31 @@ def nearest(
         found[network.ranks] = share(kind, settings, network, rows)
         low, high = (middle, high) if found[network.ranks] < wanted else (low, middle)
     ranks = min(found, key=lambda ranks: abs(found[ranks] - wanted))
-    return format(ranks if len(ranks) > 1 else ranks[0], **how)
+    return aligned(kind, settings, rows, wanted, format(ranks if len(ranks) > 1 else ranks[0], **how))
+
+
+def aligned(
+    kind: type[FactorizedLayer], settings: Mapping[str, Any], rows: int, wanted: float, format: Format
+) -> Format:
+    """The format with its ranks in multiples of 4 (of 8 above 64), as BLAS is fastest, its FLOPs nearest to a share.
+
+    A user who chooses ranks for speed does so; a fraction of the parameters would not. No rank is that of a whole mode:
+    nothing would be compressed there.
+    """
+    network = kind.resolve(format, settings)[0]
+    choices = []
+    for rank, bond in zip(network.ranks, network.bonds, strict=True):
+        unit = 1 if rank < 12 else 4 if rank <= 64 else 8
+        most = network.rank_limit(bond) - 1
+        below = rank - rank % unit
+        near = [value for value in (below, below + unit) if value <= most]
+        choices.append([rank] if unit == 1 else near or [most - most % unit])
+
+    def distance(ranks: tuple[int, ...]) -> float:
+        return abs(share(kind, settings, network.with_ranks(ranks), rows) - wanted)
+
+    best = min(itertools.product(*choices), key=distance)
+    return replace(format, rank=best if len(best) > 1 else best[0])
 
 
 def label(format: Format) -> str:

@@ -1,4 +1,4 @@
-"""The command line: convert, plan, inspect, eval, demo."""
+"""The command line: convert, plan, inspect, eval, calibrate, demo."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, demo, evaluate, hub
+from . import __version__, demo, evaluate, hub, machine, table
 from .convert import convert_model, plan_conversion
 from .errors import TensorlayersError
 from .formats import Format, available, from_dict
+from .measure import measure
 from .plan import ConversionPlan
 from .serialize import inspect, load_pretrained, read_index, save_pretrained
 
@@ -22,6 +23,7 @@ Replace the dense layers of a pretrained network by factorized ones: low rank, t
   tensorlayers convert MODEL_DIR --format lowrank --params 0.5 --out DIR
   tensorlayers inspect DIR                                              the layers of a converted model
   tensorlayers eval    DIR --text FILE                                  quality kept, against its source
+  tensorlayers calibrate                                                measure what predicted times rest on, here
   tensorlayers demo                                                     all of it on a real sentence encoder
 
 MODEL_DIR is a local Hugging Face directory (config.json, weights, tokenizer). Nothing is downloaded."""
@@ -35,6 +37,8 @@ which format:
 
 A layer that is predicted to become more than 5 % slower than dense, or to save nothing, stays dense; the plan says
 which and why. Embeddings are converted only where --layers names them: they save memory, not time."""
+
+_DISTURBED = 0.4  # the error of predicted times that only something else that runs explains
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,6 +91,13 @@ def _parser() -> argparse.ArgumentParser:
         "--source", type=Path, metavar="MODEL_DIR", help="the dense model (default: the one recorded)"
     )
     evaluation.set_defaults(run=_eval)
+
+    calibration = commands.add_parser("calibrate", help="measure what predicted times rest on, on this machine")
+    calibration.add_argument("--out", type=Path, metavar="FILE", help="default: where it is used from then on")
+    calibration.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
+    calibration.add_argument("--threads", type=int, metavar="N", help="of a CPU (default: as many as torch has)")
+    calibration.add_argument("--quick", action="store_true", help="in a few seconds, less exactly")
+    calibration.set_defaults(run=_calibrate)
 
     main_job = commands.add_parser("demo", help="convert a real pretrained sentence encoder and report")
     main_job.add_argument("--out", type=Path, default=Path("demo-output"), metavar="DIR", help="default: demo-output")
@@ -188,6 +199,34 @@ def _eval(arguments: argparse.Namespace) -> None:
     texts = _read_text(arguments.text).splitlines()
     converted = load_pretrained(arguments.directory)
     print(evaluate.quality(hub.load_model(source), converted, hub.load_tokenizer(source), texts))
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    used = machine.measured() / f"{arguments.device}.json"
+    path = arguments.out or used
+    if path.is_dir():
+        raise TensorlayersError(f"{path}: it is a directory")
+    path.parent.mkdir(parents=True, exist_ok=True)  # before the work, since it may fail
+    found = measure(arguments.device, arguments.threads, quick=arguments.quick)
+    before, now = machine.shipped(arguments.device), found.machine
+    rows = [("threads", str(now.threads), str(before.threads))]
+    for name in {**before.constants(), **now.constants()}:
+        rows.append((name, _number(now.constants().get(name)), _number(before.constants().get(name))))
+    print("\n".join(table.lines(("FLOP/s, bytes/s, bytes", "measured", "shipped"), rows)))
+    print(f"matrix products take what these predict within {found.error:.0%} (median)")
+    if found.error > _DISTURBED:
+        raise TensorlayersError("nothing is saved: no machine is predicted as badly as that but a busy one; run again")
+    machine.write(found.machine, path)
+    if path == used:
+        print(f"saved to {path}, used from now on; delete it to return to the shipped constants")
+    else:
+        print(f"saved to {path}; used in a directory that {machine.VARIABLE} names, as {used.name}")
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return table.duration(value) if value < 1e-2 else table.count(value)
 
 
 def _read_text(path: Path) -> str:

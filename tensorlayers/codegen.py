@@ -65,6 +65,11 @@ def source(program: Program) -> str:
         if not flat and step.repeated:
             lines.append(f"    t = {t}")
             t, core = "t", _repeated(step, core)
+        if program.single and not flat and core.endswith(".mT") and not step.left:
+            # A row times a core that is stored transposed: the core as it is, times a column, reads memory in order.
+            lines.append(f"    t = bmm({core.removesuffix('.mT')}, {t}.mT).mT")
+            name, rows = "t", ()
+            continue
         pair = f"{core}, {t}" if step.left else f"{t}, {core}"
         lines.append(f"    t = {by_linear if linear else 'mm' if flat else 'bmm'}({pair})")
         name, rows = "t", step.result

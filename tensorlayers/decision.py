@@ -10,9 +10,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .lowering import Candidate, Task, candidates, chunked
+from .lowering import candidates, chunked
 from .machine import Machine, machine
 from .network import Network
+from .program import Candidate, Task
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 """Decisions are taken for these numbers of rows: others take that of the nearest, as a factor; one row has its own."""

@@ -11,10 +11,10 @@ from . import decision, dispatch, small, table
 from .cost import Cost
 from .errors import NetworkError
 from .layers import FactorizedLayer, FactorizedLinear
-from .lowering import Task
 from .machine import Machine
 from .network import Network
 from .precision import cast_for_autocast
+from .program import Task
 
 
 @dataclass(frozen=True)

@@ -1,98 +1,28 @@
 """Finding the programs that a network can be applied to rows by, with the time that each is predicted to take.
 
-The order in which groups of cores meet the rows is found by dynamic programming over the sets of cores that have met
-them; then the layout of every step, by dynamic programming over the layouts that a step can leave.
+Of each order in which groups of cores meet the rows, the layout of every step is found by dynamic programming over the
+layouts that a step can leave.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 from . import contraction
 from .contraction import BATCH
-from .cost import Cost, pair_cost, volume
+from .cost import Cost, volume
 from .machine import Machine
 from .network import Network
-from .program import Group, Program, Step
+from .orders import Order, Orders, orders
+from .program import Candidate, Group, Program, Step, Task
 
-VARIANTS = ("contraction", "merged", "rebuild")
-"""How cores are grouped: each by itself, some multiplied first, or all of them: the dense weight."""
-
-_KEPT = 3  # orders, of each variant, whose layouts are compared
 _LAYOUTS = 16  # layouts kept after each step
-_GROUPED = 6  # cores up to which any set of them may be a group; above, only pairs
 
-Order = tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is to be computed: the result, or the gradients.
-
-    Parameters
-    ----------
-    rows : int
-    x, cores : bool
-        Which gradients are wanted; neither: the result itself.
-    dtype : str
-        "float32", ...
-    itemsize : int
-        Bytes an element.
-    """
-
-    rows: int
-    x: bool = False
-    cores: bool = False
-    dtype: str = "float32"
-    itemsize: int = 4
-
-    @property
-    def forward(self) -> bool:
-        """Whether the result itself is wanted."""
-        return not (self.x or self.cores)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A program and what it is predicted to take.
-
-    Parameters
-    ----------
-    program : Program
-    chunk : int
-        Rows at a time; 0: all.
-    cost : Cost
-        FLOPs and elements moved.
-    seconds : float
-    launches : int
-    largest : int
-        Elements of the largest intermediate that is held at a time.
-    """
-
-    program: Program
-    chunk: int
-    cost: Cost
-    seconds: float
-    launches: int
-    largest: int
-
-
-@dataclass(frozen=True)
-class _Priced:
-    """A step with what it costs, for all rows at once."""
-
-    step: Step
-    flops: int
-    compute: float  # seconds of arithmetic, and of copies into another order
-    moved: int  # bytes between steps
-    fixed: float  # seconds that do not depend on the rows
-    launches: float
-    left: int  # elements of what it leaves
-    largest: int  # elements of the larger of what it takes and leaves
+Indices = tuple[str, ...]
 
 
 @lru_cache(maxsize=1024)
@@ -101,175 +31,249 @@ def candidates(network: Network, task: Task, machine: Machine, threads: int = 0)
 
     The rates of a CPU depend on torch's number of threads: `threads` is there to cache by.
     """
-    found: dict[str, Candidate] = {}
-    search = _Search(network, task, machine)
-    for variant, orders in search.orders().items():
-        programs = [search.lowered(order) for order in orders]
-        found[variant] = min(programs, key=lambda candidate: candidate.seconds)
-    return found
+    of = orders(network, task, machine, threads)
+    return {
+        variant: min((_Lowering(of).lowered(order) for order in found), key=lambda candidate: candidate.seconds)
+        for variant, found in of.found.items()
+    }
 
 
 @lru_cache(maxsize=1024)
 def chunked(network: Network, task: Task, machine: Machine, variant: str, threads: int = 0) -> Candidate | None:
     """The fastest program of a variant that takes the rows in chunks; None where one chunk would hold them all."""
-    best = None
-    search = _Search(network, task, machine)
-    for order in search.orders().get(variant, ()):
-        for chunk in search.chunks(order):
-            candidate = search.lowered(order, chunk)
-            if best is None or candidate.seconds < best.seconds:
-                best = candidate
-    return best
+    of = orders(network, task, machine, threads)
+    pairs = [(order, chunk) for order in of.found.get(variant, ()) for chunk in of.chunks(order)]
+    made = (_Lowering(of, chunk).lowered(order) for order, chunk in pairs)
+    return min(made, key=lambda candidate: candidate.seconds, default=None)
 
 
-class _Search:
-    def __init__(self, network: Network, task: Task, machine: Machine) -> None:
-        self.network, self.task, self.machine = network, task, machine
-        self.size: dict[str, int] = {**network.size, BATCH: task.rows}
-        self.everything = frozenset(range(len(network.cores)))
-        self.entering = (BATCH, *network.names("in"))
-        self.leaving = (BATCH, *network.names("out"))
-        self.channels = cache(self._channels)
-        self.indices = cache(self._indices)
-        self.merge = cache(self._merge)
+class _Way(NamedTuple):
+    """A way to see the rows and the core of a group as stacks of matrices, whose products are a step.
+
+    The batch is what both carry and keep, `shared`, then indices of the rows alone that the core is repeated over,
+    `repeats`. In the matrices are the other indices of the rows alone, `rest`, those that are `summed`, and those of
+    the core alone, that it has `brought`. The core stands on the left, or on the right.
+    """
+
+    group: frozenset[int]
+    left: bool
+    shared: Indices
+    repeats: Indices
+    rest: Indices
+    summed: Indices
+    brought: Indices
+
+    @property
+    def batch(self) -> Indices:
+        return *self.shared, *self.repeats
+
+    @property
+    def rows(self) -> tuple[Indices, Indices]:
+        """The rows and columns of the matrices of the rows."""
+        return (self.summed, self.rest) if self.left else (self.rest, self.summed)
+
+    @property
+    def wanted(self) -> Indices:
+        """The layout of the rows in which they are these matrices."""
+        return *self.batch, *self.rows[0], *self.rows[1]
+
+    @property
+    def core(self) -> tuple[Indices, Indices]:
+        """Those of the matrices of the core."""
+        return (self.brought, self.summed) if self.left else (self.summed, self.brought)
+
+    @property
+    def result(self) -> tuple[Indices, Indices]:
+        """Those of the matrices of the result."""
+        return (self.brought, self.rest) if self.left else (self.rest, self.brought)
+
+
+class _Core(NamedTuple):
+    """How the core of a group becomes matrices."""
+
+    indices: Indices  # as it is stored, or as cores are merged
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
+    transposed: bool
+    copied: bool
+
+
+class _Sizes(NamedTuple):
+    """The values that the indices of each part of a way have, and the bytes that it takes and leaves."""
+
+    shared: int
+    repeats: int
+    rest: int
+    summed: int
+    brought: int
+    taken: int
+    left: int
+
+
+class _Products(NamedTuple):
+    """Which products of a step are computed: its result, the gradient of its rows, the gradient of its core."""
+
+    ahead: bool
+    back: bool
+    core: bool
+
+
+class _Work(NamedTuple):
+    """What the products of a step take, for the rows of one chunk."""
+
+    compute: float  # seconds of arithmetic, and of copies into another order
+    moved: int  # bytes between steps
+    flops: int
+    launches: float
+    summed_apart: bool = True  # as of a `Step`
+
+
+class _Priced(NamedTuple):
+    """A step from a layout, with what it costs."""
+
+    layout: Indices
+    leaves: Indices  # the layout of the result
+    way: _Way
+    work: _Work
+    fixed: float  # seconds that do not depend on the rows
+    left: int  # elements of what it leaves
+    largest: int  # elements of the larger of what it takes and leaves
+
+
+class _Lowering:
+    """Programs for `chunk` rows at a time (0: all)."""
+
+    def __init__(self, of: Orders, chunk: int = 0) -> None:
+        self.of, self.network, self.task, self.machine = of, of.network, of.task, of.machine
+        self.chunk, self.rows = chunk, chunk or of.task.rows
+        self.size = {**of.size, BATCH: self.rows}
         self.core = cache(self._core)
         self.viewable = cache(self._viewable)
 
-    # -- which cores meet the rows, and when --------------------------------------------------------------------------
+    # -- the search ---------------------------------------------------------------------------------------------------
 
-    def _channels(self, done: frozenset[int]) -> frozenset[str]:
-        """The indices of the rows once these cores have met them."""
-        needed = {*self.leaving, *(index for k in self.everything - done for index in self.network.cores[k])}
-        met = {index for k in done for index in self.network.cores[k]}
-        return frozenset((met | set(self.entering)) & needed)
-
-    def _indices(self, group: frozenset[int]) -> tuple[str, ...]:
-        """The indices of the product of these cores."""
-        if len(group) == 1:
-            return self.network.cores[min(group)]
-        others = {index for k in self.everything - group for index in self.network.cores[k]}
-        kept = others | {mode.name for mode in self.network.modes}
-        return tuple(dict.fromkeys(index for k in sorted(group) for index in self.network.cores[k] if index in kept))
-
-    def _merge(self, group: frozenset[int], result: tuple[str, ...]) -> contraction.Plan:
-        return contraction.plan(tuple(self.network.cores[k] for k in sorted(group)), result, self.network.sizes)
-
-    def orders(self) -> dict[str, list[Order]]:
-        """For each variant, the orders with the least estimate, best first."""
-        everything, cores = self.everything, len(self.network.cores)
-        # (merged some, all in one) is the variant; of each state the few best orders are kept.
-        kept: dict[frozenset[int], list[tuple[float, Order]]] = {frozenset(): [(0.0, ())]}
-        largest = cores if cores <= _GROUPED else 2
-        subsets = [frozenset(c) for size in range(cores) for c in itertools.combinations(range(cores), size)]
-        for done in subsets:
-            for seconds, order in kept.get(done, ()):
-                remaining = sorted(everything - done)
-                for size in range(1, min(largest, len(remaining)) + 1):
-                    for group in map(frozenset, itertools.combinations(remaining, size)):
-                        if len(group) == cores and cores > 1:
-                            continue
-                        estimate = seconds + self._estimate(done, group)
-                        kept.setdefault(done | group, []).append((estimate, (*order, tuple(sorted(group)))))
-            kept.pop(done, None) if done else None
-            for state in [s for s in kept if len(s) == len(done) + 1]:
-                kept[state] = _best(kept[state])
-        found: dict[str, list[Order]] = {}
-        for _, order in _best(kept.get(everything, [])):
-            variant = "contraction" if all(len(group) == 1 for group in order) else "merged"
-            found.setdefault(variant, []).append(order)
-        if cores > 1:
-            found["rebuild"] = [(tuple(sorted(everything)),)]
-        return found
-
-    def _estimate(self, done: frozenset[int], group: frozenset[int]) -> float:
-        """Seconds of a step, before its layout is known."""
-        before, after, core = self.channels(done), self.channels(done | group), set(self.indices(group))
-        cost = pair_cost(before, core, after, self.size)
-        passes = self._passes(first=not done, last=done | group == self.everything)
-        batched = before & core & after != set()  # which takes a few views more
-        seconds = passes * (cost.flops / self.machine.rate(self.task.dtype) + (1 + batched) * self.machine.launch)
-        seconds += passes * (cost.elements * self.task.itemsize) / self.machine.cached
-        return seconds + (self._merging(self.merge(group, self.indices(group))) if len(group) > 1 else 0.0)
-
-    def _passes(self, first: bool, last: bool) -> int:
-        """Products of this size that a step takes: forward, the gradients of the rows and of the core."""
-        if self.task.forward:
-            return 1
-        backward = int(self.task.x or not first)
-        return backward + (1 + int(not last) if self.task.cores else 0)
-
-    def _merging(self, plan: contraction.Plan) -> float:
-        """Seconds to multiply cores with each other, and for their gradients."""
-        passes = 1 + (2 if self.task.cores else 0)
-        seconds = 0.0
-        for step, cost in zip(plan.steps, plan.step_costs(), strict=True):
-            seconds += cost.flops / self.machine.rate(self.task.dtype)
-            seconds += cost.bytes(self.task.itemsize) / self.machine.cached
-            seconds += (1.5 if step.is_product else 3) * self.machine.launch
-        return passes * seconds
-
-    def chunks(self, order: Order) -> list[int]:
-        """The powers of two from 16, below the rows, at which an intermediate of this order begins to fit the cache.
-
-        Between these a larger chunk is never slower. Where all fit, or none does, the largest or the smallest one.
-        """
-        found, done, rows = set(), frozenset[int](), self.task.rows
-        most = 1 << (rows - 1).bit_length() - 1 if rows > 1 else 0  # the largest below the rows
-        for group in ((), *order):
-            done |= frozenset(group)
-            bytes_a_row = volume(self.channels(done), {**self.size, BATCH: 1}) * self.task.itemsize
-            fits = max(16, self.machine.cache // bytes_a_row)
-            found.add(min(most, 1 << fits.bit_length() - 1))
-        return sorted(chunk for chunk in found if chunk >= 16)
-
-    # -- in which layout ----------------------------------------------------------------------------------------------
-
-    def lowered(self, order: Order, chunk: int = 0) -> Candidate:
+    def lowered(self, order: Order) -> Candidate:
         """The program of an order with the best layouts, and its time."""
-        rows = chunk or self.task.rows
-        size = {**self.size, BATCH: rows}
         done: frozenset[int] = frozenset()
-        layouts: dict[tuple[str, ...], tuple[float, tuple[_Priced, ...]]] = {self.entering: (0.0, ())}
-        for position, group in enumerate(order):
-            members = frozenset(group)
-            last = position == len(order) - 1
-            grown: dict[tuple[str, ...], tuple[float, tuple[_Priced, ...]]] = {}
+        # The layouts that the rows can have, with the seconds and the steps that lead there.
+        layouts: dict[Indices, tuple[float, tuple[_Priced, ...]]] = {self.of.entering: (0.0, ())}
+        for group in map(frozenset, order):
+            last = done | group == self.of.everything
+            products = self._products(first=not done, last=last)
+            grown: dict[Indices, tuple[float, tuple[_Priced, ...]]] = {}
             for layout, (seconds, steps) in layouts.items():
-                for result, priced in self._steps(layout, done, members, last, size):
-                    total = seconds + self._seconds(priced, rows)
-                    if last and result != self.leaving:
-                        total += self._copy(volume(result, size) * self.task.itemsize)
-                    if result not in grown or total < grown[result][0]:
-                        grown[result] = (total, (*steps, priced))
-            best = sorted(grown.items(), key=lambda item: item[1][0])[:_LAYOUTS]
-            layouts = dict(best)
-            done |= members
+                for way in self._ways(layout, done, group):
+                    priced = self._priced(layout, way, products)
+                    total = seconds + self._seconds(priced)
+                    if last and priced.leaves != self.of.leaving:
+                        total += self._copy(self._bytes(priced.leaves))
+                    if priced.leaves not in grown or total < grown[priced.leaves][0]:
+                        grown[priced.leaves] = (total, (*steps, priced))
+            layouts = dict(sorted(grown.items(), key=lambda item: item[1][0])[:_LAYOUTS])
+            done |= group
         layout, (_, steps) = min(layouts.items(), key=lambda item: item[1][0])
-        return self._candidate(layout, steps, chunk, size)
+        return self._candidate(layout, steps)
 
-    def _candidate(
-        self, layout: tuple[str, ...], steps: Sequence[_Priced], chunk: int, size: Mapping[str, int]
-    ) -> Candidate:
-        rows = chunk or self.task.rows
-        sizes = tuple(-1 if index == BATCH else size[index] for index in layout)
-        order = () if layout == self.leaving else tuple(layout.index(index) for index in self.leaving)
+    def _ways(self, layout: Indices, done: frozenset[int], group: frozenset[int]) -> Iterator[_Way]:
+        """The ways to take a step from a layout."""
+        after, core = self.of.channels(done | group), self.of.indices(group)
+        shared = tuple(index for index in layout if index in core and index in after)
+        summed = tuple(index for index in layout if index in core and index not in after)
+        alone = tuple(index for index in layout if index not in core)
+        new = [index for index in core if index not in layout]
+        outs = [index for index in self.of.leaving if index in new]
+        first = min((layout.index(index) for index in summed), default=len(layout))
+        before = tuple(index for index in alone if layout.index(index) < first)
+        for brought in _arrangements(new, outs):
+            for sums in _arrangements(summed, [index for index in core if index in summed]):
+                yield _Way(group, False, shared, (), alone, sums, brought)
+                for repeats in dict.fromkeys(((), before, alone)):
+                    rest = tuple(index for index in alone if index not in repeats)
+                    yield _Way(group, True, shared, repeats, rest, sums, brought)
+
+    def _candidate(self, layout: Indices, steps: Sequence[_Priced]) -> Candidate:
+        of, task, rows = self.of, self.task, self.rows
+        order = _permutation(layout, of.leaving)
         held = sum(p.left for p in steps[:-1]) // rows
-        program = Program(tuple(p.step for p in steps), sizes, order, self.network.features("out"), held, rows == 1)
-        parts = self.task.rows / rows
+        made = tuple(self._step(p) for p in steps)
+        program = Program(made, self._open(layout), order, self.network.features("out"), held, rows == 1)
+        parts = task.rows / rows
         largest = max((p.largest for p in steps[:-1]), default=0)
-        moved = sum(p.moved for p in steps) + (2 * volume(layout, size) * self.task.itemsize if order else 0)
-        seconds = sum(parts * self._seconds(p, rows) for p in steps) + sum(p.fixed for p in steps)
-        seconds += parts * (self._copy(volume(layout, size) * self.task.itemsize) if order else 0.0)
+        moved = sum(p.work.moved for p in steps) + (2 * self._bytes(layout) if order else 0)
+        chained = Cost(int(sum(p.work.flops for p in steps) * parts), int(moved * parts) // task.itemsize)
+        merged = sum((self._merged(step.group) for step in made), Cost())
+        seconds = sum(parts * self._seconds(p) for p in steps) + sum(p.fixed for p in steps)
+        seconds += parts * (self._copy(self._bytes(layout)) if order else 0.0)
         # What comes in and goes out passes through memory once, in chunks or not.
-        ends = volume(self.entering, self.size) + volume(self.leaving, self.size)
-        seconds += ends * self.task.itemsize * (1 if self.task.forward else 2) / self._bandwidth(ends)
-        flops = sum(p.flops for p in steps) * parts
-        launches = int(sum(p.launches for p in steps) * math.ceil(parts))
-        return Candidate(program, chunk, Cost(int(flops), int(moved * parts) // self.task.itemsize), seconds,
-                         launches, largest)  # fmt: skip
+        ends = volume(of.entering, of.size) + volume(of.leaving, of.size)
+        seconds += ends * task.itemsize * (1 if task.forward else 2) / self._bandwidth(ends)
+        launches = int(sum(p.work.launches for p in steps) * math.ceil(parts))
+        return Candidate(program, self.chunk, chained + merged, seconds, launches, largest)
 
-    def _seconds(self, priced: _Priced, rows: int) -> float:
-        return priced.compute + priced.moved / self._bandwidth(priced.largest) + priced.launches * self.machine.launch
+    def _merged(self, group: Group) -> Cost:
+        """What it takes to multiply the cores of a group, and to take the gradients apart."""
+        plans = () if group.merge is None else (group.merge, *(group.adjoints if self.task.cores else ()))
+        return sum((plan.cost for plan in plans), Cost())
+
+    # -- the cost of a step -------------------------------------------------------------------------------------------
+
+    def _products(self, *, first: bool, last: bool) -> _Products:
+        """The products of a step that the task asks for."""
+        if self.task.forward:
+            return _Products(ahead=True, back=False, core=False)
+        return _Products(self.task.cores and not last, self.task.x or not first, self.task.cores)
+
+    def _priced(self, layout: Indices, way: _Way, products: _Products) -> _Priced:
+        sizes, core, itemsize = self._sizes(way), self._core_of(way), self.task.itemsize
+        work = self._work(layout, way, sizes, core, products)
+        fixed = self._copy(volume(core.indices, self.size) * itemsize) if core.copied else 0.0
+        fixed += self.of.merging(way.group, core.indices)
+        leaves = (*way.batch, *way.result[0], *way.result[1])
+        return _Priced(
+            layout, leaves, way, work, fixed, sizes.left // itemsize, max(sizes.taken, sizes.left) // itemsize
+        )
+
+    def _work(self, layout: Indices, way: _Way, sizes: _Sizes, core: _Core, products: _Products) -> _Work:
+        h, a, r, s, n, taken, left = sizes
+        permuted, repeated = layout != way.wanted, self._is_repeated(way, sizes)
+        copied = permuted and not self.viewable(layout, (way.batch, *way.rows))
+        views = permuted + bool(core.order) + repeated + (core.shape != tuple(self.size[i] for i in core.indices))
+        views += len(layout) != (2 if self._is_plain(way, sizes) else 3)
+        launches = 1 + copied + views / 4  # a view takes about a quarter of the time of a product
+        compute, moved, apart = 0.0, 0, True
+        if products.back:
+            compute += self._product(way, h * a, r, n, s) + (self._copy(taken) if permuted else 0.0)
+            moved += taken + left
+        if products.ahead or products.core:
+            compute += self._copy(taken) if copied else 0.0
+            compute += self._copy(h * a * s * n * self.task.itemsize) if repeated and h > 1 else 0.0
+        if products.ahead:
+            compute += self._product(way, h * a, r, s, n)
+            moved += taken + left
+        if products.core:
+            seconds, apart = self._core_gradient(way, sizes) if repeated else (self._product(way, h * a, s, r, n), True)
+            compute += seconds
+            moved += taken + left + 2 * h * s * n * self.task.itemsize
+            launches += 2 * repeated
+        launches *= 1 if self.task.forward else 1 + products.core + products.ahead
+        return _Work(compute, moved, sum(products) * 2 * h * a * r * s * n, launches, apart)
+
+    def _core_gradient(self, way: _Way, sizes: _Sizes) -> tuple[float, bool]:
+        """Seconds for the gradient of a repeated core, and whether that is by one product for each repetition."""
+        h, a, r, s, n, taken, left = sizes
+        apart = self._product(way, h * a, s, r, n)
+        apart += 2 * h * a * s * n * self.task.itemsize / self._bandwidth(h * a * s * n)
+        joined = self._product(way, h, s, r * a, n)
+        joined += self._copy(taken) + self._copy(left)
+        return min(apart, joined), apart <= joined
+
+    def _product(self, way: _Way, batch: int, m: int, k: int, n: int) -> float:
+        """Seconds of (m, k) by (k, n) products where the core stands on the right; on the left all is transposed."""
+        return self.machine.product(batch, *((n, k, m) if way.left else (m, k, n)), self.task.dtype)
+
+    def _seconds(self, priced: _Priced) -> float:
+        work = priced.work
+        return work.compute + work.moved / self._bandwidth(priced.largest) + work.launches * self.machine.launch
 
     def _bandwidth(self, elements: int) -> float:
         """Bytes/s at which an intermediate of this size is written and read again."""
@@ -280,160 +284,79 @@ class _Search:
         """Seconds that a copy of this many bytes into another order takes."""
         return 2 * size / self.machine.permuted
 
-    def _steps(
-        self,
-        layout: tuple[str, ...],
-        done: frozenset[int],
-        group: frozenset[int],
-        last: bool,
-        size: Mapping[str, int],
-    ) -> Iterator[tuple[tuple[str, ...], _Priced]]:
-        """The ways to take a step from a layout: the layout that each leaves, and its cost."""
-        after, core = self.channels(done | group), self.indices(group)
-        shared = tuple(index for index in layout if index in core and index in after)
-        summed = tuple(index for index in layout if index in core and index not in after)
-        alone = tuple(index for index in layout if index not in core)
-        new = [index for index in core if index not in layout]
-        outs = [index for index in self.leaving if index in new]
-        first = min((layout.index(index) for index in summed), default=len(layout))
-        before = tuple(index for index in alone if layout.index(index) < first)
-        for brought in _arrangements(new, outs):
-            for sums in _arrangements(list(summed), [index for index in core if index in summed]):
-                yield self._step(layout, group, last, size, shared, (), alone, sums, brought, left=False, done=done)
-                for kept in {(), before, alone}:
-                    rest = tuple(index for index in alone if index not in kept)
-                    yield self._step(layout, group, last, size, shared, kept, rest, sums, brought, left=True, done=done)
+    def _bytes(self, layout: Indices) -> int:
+        return volume(layout, self.size) * self.task.itemsize
 
-    def _step(
-        self,
-        layout: tuple[str, ...],
-        group: frozenset[int],
-        last: bool,
-        size: Mapping[str, int],
-        shared: tuple[str, ...],
-        repeats: tuple[str, ...],
-        rest: tuple[str, ...],
-        summed: tuple[str, ...],
-        brought: tuple[str, ...],
-        *,
-        left: bool,
-        done: frozenset[int],
-    ) -> tuple[tuple[str, ...], _Priced]:
-        task, machine = self.task, self.machine
-        batch = (*shared, *repeats)
-        ends = (summed, rest) if left else (rest, summed)
-        h, a, r, s, n = (volume(part, size) for part in (shared, repeats, rest, summed, brought))
-        plain = h * a == 1 and BATCH not in batch
-        wanted = (*batch, *ends[0], *ends[1])
-        permuted = () if wanted == layout else tuple(layout.index(index) for index in wanted)
-        is_copied = bool(permuted) and not self.viewable(layout, (batch, *ends))
-        core_step, core_copied = self.core(group, shared, summed, brought, left)
-        gemm = (n, s, r) if left else (r, s, n)
-        repeated = h * a > h or BATCH in repeats
-        # -- the costs
-        product = machine.product(h * a, *gemm, task.dtype)
-        input_bytes, output_bytes = h * a * r * s * task.itemsize, h * a * r * n * task.itemsize
-        flops = 2 * h * a * r * s * n
-        copy = self._copy(input_bytes) if is_copied else 0.0
-        fixed = self._copy(volume(core_step.group_indices, size) * task.itemsize) if core_copied else 0.0
-        if len(group) > 1:
-            fixed += self._merging(core_step.group.merge)  # type: ignore[arg-type]
-        if repeated and h > 1:
-            copy += self._copy(h * a * s * n * task.itemsize)
-        views = sum((bool(permuted), bool(core_step.order), repeated, core_step.shape != core_step.group.sizes))
-        views += len(layout) != (2 if plain else 3)
-        launches = 1 + int(is_copied) + views / 4  # a view takes about a quarter of the time of a product
-        summed_apart = True
-        if task.forward:
-            compute, moved, count = product + copy, input_bytes + output_bytes, flops
-        else:
-            compute, moved, count = 0.0, 0, 0
-            if task.x or done:
-                turned = (s, n, r) if left else (r, n, s)
-                compute += machine.product(h * a, *turned, task.dtype)
-                compute += self._copy(input_bytes) if permuted else 0.0
-                moved += input_bytes + output_bytes
-                count += flops
-            if task.cores:
-                compute += copy
-                if not last:
-                    compute += product
-                    moved += input_bytes + output_bytes
-                    count += flops
-                moved += input_bytes + output_bytes + 2 * h * s * n * task.itemsize
-                count += flops
-                core = (n, r, s) if left else (s, r, n)
-                if repeated:
-                    apart = machine.product(h * a, *core, task.dtype)
-                    apart += 2 * h * a * s * n * task.itemsize / self._bandwidth(h * a * s * n)
-                    joined = machine.product(h, core[0], core[1] * a, core[2], task.dtype)
-                    joined += self._copy(input_bytes) + self._copy(output_bytes)
-                    summed_apart = apart <= joined
-                    compute += min(apart, joined)
-                    launches += 2
-                else:
-                    compute += machine.product(h * a, *core, task.dtype)
-            launches *= 1 + int(task.cores) + int(task.cores and not last)
-        sized = {**size, BATCH: 1}
+    def _sizes(self, way: _Way) -> _Sizes:
+        parts = (way.shared, way.repeats, way.rest, way.summed, way.brought)
+        h, a, r, s, n = (volume(part, self.size) for part in parts)
+        return _Sizes(h, a, r, s, n, h * a * r * s * self.task.itemsize, h * a * r * n * self.task.itemsize)
 
-        def shape(*parts: tuple[str, ...]) -> tuple[int, ...]:
-            return tuple(-1 if BATCH in part else volume(part, sized) for part in parts)
+    @staticmethod
+    def _is_plain(way: _Way, sizes: _Sizes) -> bool:
+        """Whether the matrices have no batch."""
+        return sizes.shared * sizes.repeats == 1 and BATCH not in way.batch
 
-        groups = ends if plain else (batch, *ends)
-        after = (brought, rest) if left else (rest, brought)
-        step = Step(
-            group=core_step.group,
-            left=left,
-            sizes=tuple(-1 if index == BATCH else size[index] for index in layout),
-            order=permuted,
-            shape=shape(*groups),
-            result=shape(*(after if plain else (batch, *after))),
-            core_order=core_step.order,
-            core_shape=core_step.shape,
-            core_transposed=core_step.transposed,
-            shared=h,
-            repeated=repeated,
-            summed_apart=summed_apart,
+    @staticmethod
+    def _is_repeated(way: _Way, sizes: _Sizes) -> bool:
+        return sizes.repeats > 1 or BATCH in way.repeats
+
+    # -- the step itself ----------------------------------------------------------------------------------------------
+
+    def _step(self, priced: _Priced) -> Step:
+        layout, way = priced.layout, priced.way
+        sizes, core = self._sizes(way), self._core_of(way)
+        batch = () if self._is_plain(way, sizes) else (way.batch,)
+        return Step(
+            group=self._group(way.group, core.indices),
+            left=way.left,
+            sizes=self._open(layout),
+            order=_permutation(layout, way.wanted),
+            shape=self._shape(*batch, *way.rows),
+            result=self._shape(*batch, *way.result),
+            core_order=core.order,
+            core_shape=core.shape,
+            core_transposed=core.transposed,
+            shared=sizes.shared,
+            repeated=self._is_repeated(way, sizes),
+            summed_apart=priced.work.summed_apart,
         )
-        largest = h * a * r * max(n, s)
-        flat = (*batch, *after[0], *after[1])
-        return flat, _Priced(step, count, compute, moved, fixed, launches, h * a * r * n, largest)
 
-    def _core(
-        self,
-        group: frozenset[int],
-        shared: tuple[str, ...],
-        summed: tuple[str, ...],
-        brought: tuple[str, ...],
-        left: bool,
-    ) -> tuple[_Core, bool]:
-        """How the core of a group becomes matrices, and whether that takes a copy."""
-        size = self.size
-        ends = (brought, summed) if left else (summed, brought)
-        wanted = (*shared, *ends[0], *ends[1])
-        turned = (*shared, *ends[1], *ends[0])
-        merged = wanted if left else turned  # as F.linear takes it
-        indices = merged if len(group) > 1 else self.indices(group)
-        sizes = tuple(size[index] for index in indices)
-        members = tuple(sorted(group))
-        made = Group(members, sizes)
-        if len(group) > 1:
-            merge = self.merge(group, indices)
-            adjoints = []
-            for k in members:
-                others = tuple(self.network.cores[other] for other in members if other != k)
-                adjoints.append(contraction.plan((indices, *others), self.network.cores[k], self.network.sizes))
-            made = Group(members, sizes, merge, tuple(adjoints))
-        h = volume(shared, size)
-        # As it is stored, straight or transposed; else as a view of that; else by a copy.
-        ways = ((wanted, ends, False), (turned, ends[::-1], True))
-        as_stored = [way for way in ways if way[0] == indices]
-        views = [way for way in ways if self.viewable(indices, (shared, *way[1]))]
-        order, (m, n), transposed = (*as_stored, *views, ways[0])[0]
-        step = self._core_step(made, indices, order, h, m, n, transposed, size)
-        return step, not (as_stored or views)
+    def _open(self, layout: Indices) -> tuple[int, ...]:
+        return tuple(-1 if index == BATCH else self.size[index] for index in layout)
 
-    def _viewable(self, layout: tuple[str, ...], groups: tuple[tuple[str, ...], ...]) -> bool:
+    def _shape(self, *parts: Indices) -> tuple[int, ...]:
+        return tuple(-1 if BATCH in part else volume(part, self.size) for part in parts)
+
+    def _group(self, group: frozenset[int], indices: Indices) -> Group:
+        members, sizes = tuple(sorted(group)), tuple(self.size[index] for index in indices)
+        if len(members) == 1:
+            return Group(members, sizes)
+        adjoints = []
+        for k in members:
+            others = tuple(self.network.cores[other] for other in members if other != k)
+            adjoints.append(contraction.plan((indices, *others), self.network.cores[k], self.network.sizes))
+        return Group(members, sizes, self.of.merge(group, indices), tuple(adjoints))
+
+    def _core_of(self, way: _Way) -> _Core:
+        return self.core(way.group, way.left, way.shared, way.summed, way.brought)
+
+    def _core(self, group: frozenset[int], left: bool, shared: Indices, summed: Indices, brought: Indices) -> _Core:
+        """The core of a group as matrices: as it is stored, straight or transposed; else as a view; else by a copy."""
+        way = _Way(group, left, shared, (), (), summed, brought)
+        straight, turned = way.core, way.core[::-1]
+        wanted, transposed = (*shared, *straight[0], *straight[1]), (*shared, *turned[0], *turned[1])
+        # Merged cores come in the order that F.linear takes.
+        indices = (wanted if left else transposed) if len(group) > 1 else self.of.indices(group)
+        ways = ((wanted, straight, False), (transposed, turned, True))
+        as_stored = [one for one in ways if one[0] == indices]
+        views = [one for one in ways if self.viewable(indices, (shared, *one[1]))]
+        order, (m, n), is_transposed = (*as_stored, *views, ways[0])[0]
+        h, *ends = (volume(part, self.size) for part in (shared, m, n))
+        shape = tuple(ends) if h == 1 else (h, *ends)
+        return _Core(indices, _permutation(indices, order), shape, is_transposed, not (as_stored or views))
+
+    def _viewable(self, layout: Indices, groups: tuple[Indices, ...]) -> bool:
         """Whether a contiguous tensor can be seen as a stack of matrices that BLAS takes, without a copy.
 
         Any number of rows above 1 gives the same answer, so that chunks share it.
@@ -452,39 +375,13 @@ class _Search:
             last.append(strides[real[-1]] if real else 1)
         return 1 in last[1:]
 
-    @staticmethod
-    def _core_step(
-        group: Group,
-        indices: tuple[str, ...],
-        order: tuple[str, ...],
-        h: int,
-        m: tuple[str, ...],
-        n: tuple[str, ...],
-        transposed: bool,
-        size: Mapping[str, int],
-    ) -> _Core:
-        permutation = () if order == indices else tuple(indices.index(index) for index in order)
-        ends = volume(m, size), volume(n, size)
-        return _Core(group, indices, permutation, ends if h == 1 else (h, *ends), transposed)
+
+def _permutation(layout: Indices, wanted: Indices) -> tuple[int, ...]:
+    """The order of the axes that brings indices from a layout into another; empty where they are the same."""
+    return () if layout == wanted else tuple(layout.index(index) for index in wanted)
 
 
-@dataclass(frozen=True)
-class _Core:
-    group: Group
-    group_indices: tuple[str, ...]
-    order: tuple[int, ...]
-    shape: tuple[int, ...]
-    transposed: bool
-
-
-def _best(orders: list[tuple[float, Order]]) -> list[tuple[float, Order]]:
-    """The few best orders without merged cores, and the few best of the others."""
-    plain = sorted(item for item in orders if all(len(group) == 1 for group in item[1]))
-    merged = sorted(item for item in orders if any(len(group) > 1 for group in item[1]))
-    return plain[:_KEPT] + merged[:_KEPT]
-
-
-def _arrangements(indices: Sequence[str], wanted: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def _arrangements(indices: Sequence[str], wanted: Sequence[str]) -> Iterator[Indices]:
     """The orders of a few indices; of many, as they are and as they are wanted at last."""
     if len(indices) <= 3:
         yield from itertools.permutations(indices)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -16,7 +18,7 @@ from .errors import CostModelError
 
 SHIPPED = Path(__file__).resolve().parent / "machines"
 VARIABLE = "TENSORLAYERS_MACHINES"
-"""The environment variable that names a directory of JSON files, looked into before those that are shipped."""
+"""The environment variable that names the directory of measured constants; see `measured`."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,28 @@ class Machine:
 
     def product(self, batch: int, m: int, k: int, n: int, dtype: str = "float32") -> float:
         """Seconds that `batch` products of (m, k) and (k, n) matrices take, beside the launch."""
-        fill = (1 + self.half["m"] / m) * (1 + self.half["k"] / k) * (1 + self.half["n"] / n)
-        return 2 * batch * m * k * n * fill / self.rate(dtype)
+        seconds: float = product_seconds(batch, m, k, n, self.rate(dtype), self.half)
+        return seconds
+
+    def constants(self) -> dict[str, float]:
+        """All numbers but the threads, by name: "flops.float32", ..., "half.m", ..., "memory", ..., "conv.rate", ..."""
+        found = {}
+        for name, value in asdict(self).items():
+            if isinstance(value, Mapping):
+                found.update({f"{name}.{key}": number for key, number in value.items()})
+            elif name not in ("name", "threads"):
+                found[name] = value
+        return found
 
     def to_json(self) -> str:
         """The constants as JSON text."""
         return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def product_seconds(batch: Any, m: Any, k: Any, n: Any, flops: Any, half: Mapping[str, Any]) -> Any:
+    """Seconds that products take by the constants; of numbers, or of tensors elementwise. See `Machine`."""
+    fill = (1 + half["m"] / m) * (1 + half["k"] / k) * (1 + half["n"] / n)
+    return 2 * batch * m * k * n * fill / flops
 
 
 def read(path: Path) -> Machine:
@@ -83,27 +101,59 @@ def read(path: Path) -> Machine:
     CostModelError
         If it is no JSON object of these fields, or a constant is not a positive number.
     """
+    remedy = "delete the file, or run `tensorlayers calibrate` again"
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
-        machine = Machine(**data)
-        numbers = [machine.memory, machine.cached, machine.permuted, machine.cache, machine.launch, machine.function]
-        numbers += [*machine.flops.values(), *machine.half.values(), *machine.conv.values()]
-        machine.flops["float32"], machine.half["m"], machine.half["k"], machine.half["n"]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CostModelError(f"{path.name}: no file of a machine's constants: {error}") from None
-    if not all(isinstance(number, (int, float)) and number > 0 for number in numbers):
-        raise CostModelError(f"{path.name}: every constant is a positive number")
-    return machine
+        found = Machine(**json.loads(path.read_text(encoding="utf-8")))
+        constants = found.constants()
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CostModelError(f"{path}: no file of a machine's constants ({error}); {remedy}") from None
+    missing = {"flops.float32", "half.m", "half.k", "half.n"} - constants.keys()
+    if missing:
+        raise CostModelError(f"{path}: {min(missing)} is missing; {remedy}")
+    for name, value in constants.items():
+        if not _is_number(value) or not 0 < value < math.inf:
+            raise CostModelError(f"{path}: every constant is a positive number; {name} is {value!r}; {remedy}")
+    if not isinstance(found.name, str) or not isinstance(found.threads, int) or found.threads < 0:
+        raise CostModelError(f"{path}: name is a text and threads an integer, 0 or more; {remedy}")
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def write(constants: Machine, path: Path) -> None:
+    """Write a file of constants, whole or not at all; its directory is made. `machine` reads it from then on.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(constants.to_json())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink()
+        raise
+    machine.cache_clear()
 
 
 @lru_cache
 def machine(device: str = "cpu") -> Machine:
     """The constants for a device type ("cpu", "cuda", ...): measured on this machine if they were, else as shipped.
 
-    `tensorlayers calibrate` measures them and says where they are kept.
+    `tensorlayers calibrate` measures them and says where they are kept. The file is read once a process.
+
+    Raises
+    ------
+    CostModelError
+        If the file is malformed.
     """
-    places = [Path(os.environ[VARIABLE])] if os.environ.get(VARIABLE) else [measured()]
-    for directory in (*places, SHIPPED):
+    for directory in (measured(), SHIPPED):
         for name in (device, "cuda"):  # other accelerators are more like a GPU than like a CPU
             if (directory / f"{name}.json").is_file():
                 return read(directory / f"{name}.json")
@@ -112,6 +162,17 @@ def machine(device: str = "cpu") -> Machine:
     raise CostModelError(f"machine {device!r}: no constants in {SHIPPED}")
 
 
+def shipped(device: str) -> Machine:
+    """The constants that come with the package for a device type, whatever was measured."""
+    return read(SHIPPED / f"{'cpu' if device == 'cpu' else 'cuda'}.json")
+
+
 def measured() -> Path:
-    """The directory where measured constants are kept: ``~/.cache/tensorlayers`` (or under ``XDG_CACHE_HOME``)."""
+    """The directory of measured constants, one JSON file a device type.
+
+    It is the one that the environment variable ``TENSORLAYERS_MACHINES`` names; without one ``~/.cache/tensorlayers``,
+    or ``tensorlayers`` in the directory ``XDG_CACHE_HOME``.
+    """
+    if os.environ.get(VARIABLE):
+        return Path(os.environ[VARIABLE])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tensorlayers"

@@ -152,7 +152,9 @@ def gradients(
         inputs = _inputs(program, x[part], matrices, wanted, space)
         _backward(program, dy[part], inputs, matrices, wanted, sums, None if dx is None else dx[part], space)
     found: list[Tensor | None] = [dx] + [None] * len(cores)
-    for step, total in zip(program.steps, sums, strict=True):
+    del matrices, space  # a rebuilt weight among them
+    for position, step in enumerate(program.steps):
+        total, sums[position] = sums[position], None
         if total is not None:
             for k, gradient in _core_gradients(step, total, cores, needs):
                 found[1 + k] = gradient

@@ -9,6 +9,7 @@ import torch
 
 from .conv_cost import VECTOR
 from .conv_maps import Window, convolve, convolve_back, with_layout
+from .timing import fastest
 
 _CHANNELS, _SIZE, _BATCH = 128, 28, 8
 _LAUNCHES = 20
@@ -43,7 +44,7 @@ def measure_conv(clock: Callable[[], float] = time.perf_counter, repeats: int = 
     cases: dict[str, Callable[[], object]] = {"launches": lambda: [small() for _ in range(_LAUNCHES)]}
     for name, (forward, back) in kinds.items():
         cases.update({name: forward, f"{name} back": back})
-    times = _fastest(cases, clock, repeats)
+    times = fastest(cases, clock, repeats)
     flops = 2 * 9 * _BATCH * _SIZE**2  # of a pair of channels
     bytes_ = 2 * 4 * _BATCH * _SIZE**2 * many
 
@@ -89,15 +90,3 @@ def _case(
         return convolve_back(dy, x, weight, window, groups, (True, True))
 
     return forward, back
-
-
-def _fastest(runs: dict[str, Callable[[], object]], clock: Callable[[], float], repeats: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    with torch.no_grad():
-        for repeat in range(repeats + 2):
-            for name, run in runs.items():
-                start = clock()
-                run()
-                if repeat > 1:
-                    times[name].append(clock() - start)
-    return {name: min(values) for name, values in times.items()}

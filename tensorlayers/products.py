@@ -14,9 +14,9 @@ from . import autograd, conv_chunks, convolution, decision, matmul
 from .contraction import constant_when_compiled
 from .conv_maps import Window
 from .convolution import ConvPlan
-from .lowering import Candidate, Task
 from .network import Mode, Network
 from .precision import without_autocast
+from .program import Candidate, Task
 
 
 class RowProduct(autograd.Multilinear):

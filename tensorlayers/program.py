@@ -1,10 +1,38 @@
-"""Program: a contraction of rows with cores as a chain of matrix products. What it is; `matmul` carries it out."""
+"""Program: a contraction of rows with cores as a chain of matrix products, for a task. `matmul` carries it out."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from .contraction import Plan
+from .cost import Cost
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be computed: the result, or the gradients.
+
+    Parameters
+    ----------
+    rows : int
+    x, cores : bool
+        Which gradients are wanted; neither: the result itself.
+    dtype : str
+        "float32", ...
+    itemsize : int
+        Bytes an element.
+    """
+
+    rows: int
+    x: bool = False
+    cores: bool = False
+    dtype: str = "float32"
+    itemsize: int = 4
+
+    @property
+    def forward(self) -> bool:
+        """Whether the result itself is wanted."""
+        return not (self.x or self.cores)
 
 
 @dataclass(frozen=True)
@@ -99,3 +127,28 @@ class Program:
     features: int
     intermediate: int
     single: bool = False
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A program and what it is predicted to take.
+
+    Parameters
+    ----------
+    program : Program
+    chunk : int
+        Rows at a time; 0: all.
+    cost : Cost
+        FLOPs and elements moved.
+    seconds : float
+    launches : int
+    largest : int
+        Elements of the largest intermediate that is held at a time.
+    """
+
+    program: Program
+    chunk: int
+    cost: Cost
+    seconds: float
+    launches: int
+    largest: int

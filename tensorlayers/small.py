@@ -6,9 +6,9 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from . import codegen, decision
-from .lowering import Task
 from .machine import machine
 from .network import Network
+from .program import Task
 
 SMALL = 100_000
 """FLOPs of the dense product up to which a layer is a plain chain of torch's operations: to save the input alone would

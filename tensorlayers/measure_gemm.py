@@ -1,0 +1,229 @@
+"""Measures how fast a device multiplies matrices: products of random shapes, and the constants that explain them."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .machine import Machine, product_seconds
+from .timing import Clock, fastest
+
+DTYPES = (torch.float64, torch.bfloat16, torch.float16)
+"""Whose rates are measured after that of float32."""
+
+_SLOW = 50  # times float32's: emulated rather than multiplied, and a probe is enough
+_LARGE = ((512, 512, 512), (1024, 256, 768), (256, 1024, 768))
+_CALLS = 100
+
+# Bounds of what is fitted: (least, most).
+_BOUNDS = {"flops": (1e8, 1e16), "m": (0.1, 1e3), "k": (0.1, 1e3), "n": (0.1, 1e3), "cached": (1e8, 1e14)}
+_OUTLIER = 0.2  # the error, as a fraction of the time, from which a product counts less
+
+
+class Product(NamedTuple):
+    """`batch` products of (m, k) and (k, n) matrices."""
+
+    batch: int
+    m: int
+    k: int
+    n: int
+
+    @property
+    def flops(self) -> int:
+        """Of all."""
+        return 2 * math.prod(self)
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """Elements of the operands and of the result."""
+        return self.batch * self.m * self.k, self.batch * self.k * self.n, self.batch * self.m * self.n
+
+    @property
+    def elements(self) -> int:
+        """Read and written."""
+        return sum(self.parts)
+
+    def prepared(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+        """What carries them out on random matrices, into memory that is there."""
+
+        def random_(rows: int, columns: int) -> Tensor:
+            shape = (rows, columns) if self.batch == 1 else (self.batch, rows, columns)
+            return torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
+
+        a, b, c = random_(self.m, self.k), random_(self.k, self.n), random_(self.m, self.n)
+        multiply = torch.mm if self.batch == 1 else torch.bmm
+        return lambda: multiply(a, b, out=c)
+
+
+class Sampling(NamedTuple):
+    """Which products are measured on a device.
+
+    Parameters
+    ----------
+    sizes : (int, int)
+        The least and the largest dimension of a matrix.
+    batches : int
+        The most matrices in a stack.
+    flops : (float, float)
+        The least and the most FLOPs: so many that the launch is little of the time, so few that it is soon over.
+    seconds : float
+        For which a product is repeated between two readings of the clock.
+    """
+
+    sizes: tuple[int, int]
+    batches: int
+    flops: tuple[float, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What explains the times of products best.
+
+    Parameters
+    ----------
+    flops, half, cached
+        As in `Machine`, of float32.
+    error : float
+        The median of the error of a prediction, as a fraction of the time.
+    """
+
+    flops: float
+    half: Mapping[str, float]
+    cached: float
+    error: float
+
+
+_NOTHING = Product(1, 2, 2, 2)
+
+
+def products(count: int, sampling: Sampling, largest: int) -> list[Product]:
+    """Products of random sizes, half of them of stacks, of up to `largest` bytes an operand; the same at each call."""
+    source = random.Random(0)
+
+    def size(least: int, most: int) -> int:
+        return round(math.exp(source.uniform(math.log(least), math.log(most))))
+
+    found: list[Product] = []
+    while len(found) < count:
+        batch = size(2, sampling.batches) if len(found) % 2 else 1
+        product = Product(batch, *(size(*sampling.sizes) for _ in range(3)))
+        if sampling.flops[0] <= product.flops <= sampling.flops[1] and 4 * max(product.parts) <= largest:
+            found.append(product)
+    return found
+
+
+def measure_launch(device: torch.device, clock: Clock, repeats: int) -> float:
+    """Seconds of a step of a program with next to no arithmetic: a product, plain or of a stack, and a view of it."""
+    a, stack = torch.ones(2, 2, device=device), torch.ones(2, 2, 2, device=device)
+    cases: dict[str, Callable[[], object]] = {
+        "plain": lambda: torch.mm(a, a).view(4),
+        "stack": lambda: torch.bmm(stack, a.expand(2, -1, -1)).view(8),
+    }
+    times = fastest(cases, clock, repeats, dict.fromkeys(cases, _CALLS))
+    return sum(times.values()) / len(times)
+
+
+def measure_products(
+    device: torch.device, clock: Clock, repeats: int, count: int, sampling: Sampling, largest: int
+) -> Rates:
+    """Time products of float32 and fit the constants to them.
+
+    Parameters
+    ----------
+    device : torch.device
+    clock : callable
+        Gives seconds, when the device has done what it was told.
+    repeats, count : int
+        Of how many times of a product the fastest is taken; how many products.
+    sampling : Sampling
+    largest : int
+        Bytes up to which what a product reads or writes counts as cached.
+    """
+    chosen = products(count, sampling, largest)
+    cases = {product: product.prepared(device) for product in (_NOTHING, *chosen)}
+    once = fastest(cases, clock, 1, dict.fromkeys(cases, 1))
+    calls = {product: min(_CALLS, math.ceil(sampling.seconds / once[product])) for product in cases}
+    times = fastest(cases, clock, repeats, calls)
+    return fit(chosen, [times[product] for product in chosen], times[_NOTHING])
+
+
+def fit(measured: Sequence[Product], seconds: Sequence[float], launch: float) -> Rates:
+    """The constants by which products of float32 take these times.
+
+    The squares of the logarithms of predicted over measured time are the least, but that outliers count less.
+
+    Parameters
+    ----------
+    measured : sequence of Product
+    seconds : sequence of float
+        Of each.
+    launch : float
+        Seconds of a product without arithmetic, part of each time.
+    """
+    batch, m, k, n = torch.tensor(measured, dtype=torch.float64).T
+    moved = torch.tensor([4.0 * product.elements for product in measured], dtype=torch.float64)
+    times = torch.tensor(seconds, dtype=torch.float64)
+    start = {
+        "flops": max(product.flops / time for product, time in zip(measured, seconds, strict=True)),
+        "cached": float((moved / times).max()),
+        **dict.fromkeys("mkn", 4.0),
+    }
+    least, most = torch.tensor(list(_BOUNDS.values()), dtype=torch.float64).log().T
+    logs = torch.tensor([start[name] for name in _BOUNDS], dtype=torch.float64).log().requires_grad_()
+
+    def errors() -> Tensor:
+        now = dict(zip(_BOUNDS, logs.clamp(least, most).exp(), strict=True))
+        predicted: Tensor = launch + product_seconds(batch, m, k, n, now["flops"], now) + moved / now["cached"]
+        return (predicted / times).log()
+
+    def closure() -> Tensor:
+        search.zero_grad()
+        found = errors()
+        loss = torch.nn.functional.huber_loss(found, torch.zeros_like(found), reduction="sum", delta=_OUTLIER)
+        loss = loss + (logs - logs.clamp(least, most)).square().sum()  # which leads back into the bounds
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    search = torch.optim.LBFGS(
+        [logs], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+    with torch.enable_grad():
+        search.step(closure)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        rates = dict(zip(_BOUNDS, logs.clamp(least, most).exp().tolist(), strict=True))
+        error = errors().abs().median().item()
+    return Rates(rates["flops"], {name: rates[name] for name in "mkn"}, rates["cached"], error)
+
+
+def measure_dtypes(device: torch.device, clock: Clock, repeats: int, on: Machine) -> dict[str, float]:
+    """FLOP/s by dtype, of those in which the device multiplies; `on` has all other constants.
+
+    A dtype that is very much slower than float32 is timed once.
+    """
+    found = dict(on.flops)
+    probe = Product(1, 256, 256, 256)
+    limit = _SLOW * fastest({probe: probe.prepared(device)}, clock, 1)[probe]
+    for dtype in DTYPES:
+        try:
+            once = fastest({probe: probe.prepared(device, dtype)}, clock, 1)
+        except RuntimeError:
+            continue  # not on this device
+        cases = {Product(1, *sizes): Product(1, *sizes).prepared(device, dtype) for sizes in _LARGE}
+        times = once if once[probe] > limit else fastest(cases, clock, repeats)
+        rates = sorted(_rate(product, time, on, dtype.itemsize) for product, time in times.items())
+        found[str(dtype).removeprefix("torch.")] = rates[len(rates) // 2]
+    return found
+
+
+def _rate(product: Product, seconds: float, on: Machine, itemsize: int) -> float:
+    """FLOP/s of large products that took so long."""
+    beside = on.launch + itemsize * product.elements / on.cached
+    fill: float = product_seconds(*product, 1.0, on.half)
+    return fill / max(seconds - beside, 0.1 * seconds)
