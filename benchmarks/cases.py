@@ -113,7 +113,7 @@ def aligned(
         unit = 1 if rank < 12 else 4 if rank <= 64 else 8
         most = network.rank_limit(bond) - 1
         below = rank - rank % unit
-        near = [value for value in (below, below + unit) if value <= most]
+        near = [value for value in (below, below + unit, below + 2 * unit) if value <= most]
         choices.append([rank] if unit == 1 else near or [most - most % unit])
 
     def distance(ranks: tuple[int, ...]) -> float:

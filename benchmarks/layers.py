@@ -11,12 +11,24 @@ from cases import LOW, MIDDLE
 from compare import Candidate, Row, compare
 from torch import nn
 
-from tensorlayers import BTT, CP, TT, FactorizedLinear, Format, KernelError, LowRank, Tucker, contraction, dispatch
+from tensorlayers import (
+    BTT,
+    CP,
+    TT,
+    FactorizedLinear,
+    Format,
+    KernelError,
+    LowRank,
+    Tucker,
+    contraction,
+    dispatch,
+    explain,
+)
 from tensorlayers.layers import FactorizedLayer
 
 SHAPES = ((768, 3072), (3072, 768), (1024, 4096))
 BATCHES = (1024, 4096, 1)
-MORE: tuple[Format, ...] = (TT(16), TT(32), TT(48), TT(0.5), CP(0.1))
+MORE: tuple[Format, ...] = (TT(16), TT(32), TT(48), CP(0.1))
 """Formats of extreme compression at ranks that they are not made for: as much arithmetic as dense, or more."""
 TINY: tuple[Format, ...] = (LowRank(2), TT(2), CP(2), BTT(1), Tucker(2))
 
@@ -58,7 +70,7 @@ def measure(in_features: int, out_features: int, rows: int, seconds: float, more
         if rebuilding(candidate.module, rows) <= cases.SMALL:
             candidate.targets = cases.targets(*cases.REBUILT)
         else:
-            others = alternatives(candidate)
+            others = alternatives(candidate, rows)
             forced[candidate.name] = [other.name for other in others]
             candidates += others
     title = f"{in_features} -> {out_features}, {rows} row{'s' * (rows > 1)}"
@@ -84,10 +96,14 @@ def rebuilding(layer: nn.Module, rows: int) -> float:
     return contraction.dense_plan(layer.own_network).flops / dense.flops
 
 
-def alternatives(candidate: Candidate) -> list[Candidate]:
-    """The same layer by each implementation that there is, where it takes it."""
+def alternatives(candidate: Candidate, rows: int) -> list[Candidate]:
+    """The same layer by each implementation that `explain` lists, but for those predicted at 3 times the best or more:
+    some would take minutes."""
+    assert isinstance(candidate.module, FactorizedLinear)
+    listed = explain(candidate.module, torch.empty(rows, candidate.module.in_features)).rows
+    seconds = {row.name: row.seconds for row in listed if row.seconds is not None and row.name in dispatch.NAMES}
     found = []
-    for name in dispatch.NAMES:
+    for name in (name for name, time in seconds.items() if time < 3 * min(seconds.values())):
         layer = copy.deepcopy(candidate.module)
         assert isinstance(layer, FactorizedLinear)
         try:

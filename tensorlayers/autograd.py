@@ -40,6 +40,10 @@ class Multilinear(ABC):
     def gradients(self, dy: Tensor, x: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
         """The gradients of x and of each core that are needed, outside of autograd."""
 
+    @abstractmethod
+    def plain(self, x: Tensor, cores: Sequence[Tensor]) -> Tensor:
+        """y, by differentiable operations of torch."""
+
 
 _KINDS: dict[str, Callable[..., Multilinear]] = {}
 
@@ -139,7 +143,19 @@ def _run_gradients(
 ) -> tuple[Tensor, ...]:
     if is_traced():
         return tuple(_gradients(dy, x, list(cores), spec, list(needs)))
+    if torch._C._functorch.is_legacy_batchedtensor(dy):
+        return _gradients_of_many(dy, x, cores, spec, needs)
     return tuple(t for t in built(spec).gradients(dy, x, cores, needs) if t is not None)
+
+
+def _gradients_of_many(
+    dy: Tensor, x: Tensor, cores: Sequence[Tensor], spec: str, needs: tuple[bool, ...]
+) -> tuple[Tensor, ...]:
+    """For ``torch.autograd.grad(is_grads_batched=True)``, whose tensors cannot be written to."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_(is_needed) for t, is_needed in zip((x, *cores), needs, strict=True)]
+        y = built(spec).plain(leaves[0], leaves[1:])
+    return torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], dy)
 
 
 # -- differentiation --------------------------------------------------------------------------------------------------
@@ -156,11 +172,15 @@ class _Product(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.spec, x, bias, *cores = inputs
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x, *cores)
+        # The gradients of the cores alone need the values of x: where they are frozen, a dense layer keeps none either.
+        ctx.like = None if any(ctx.needs_input_grad[3:]) else (x.shape, x.stride())
+        ctx.save_for_backward(x if ctx.like is None else None, *cores)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, *cores = ctx.saved_tensors
+        if x is None:
+            x = torch.empty_strided(*ctx.like, dtype=dy.dtype, device=dy.device)
         _, needs_x, needs_bias, *needs_cores = ctx.needs_input_grad
         needs = (needs_x, *needs_cores)
         found = _gradients_of(ctx.spec, needs, dy, x, cores)

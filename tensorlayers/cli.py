@@ -208,15 +208,17 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         raise TensorlayersError(f"{path}: it is a directory")
     path.parent.mkdir(parents=True, exist_ok=True)  # before the work, since it may fail
     found = measure(arguments.device, arguments.threads, quick=arguments.quick)
+    is_sound = found.error <= _DISTURBED
+    if is_sound:
+        machine.write(found.machine, path)
     before, now = machine.shipped(arguments.device), found.machine
     rows = [("threads", str(now.threads), str(before.threads))]
     for name in {**before.constants(), **now.constants()}:
         rows.append((name, _number(now.constants().get(name)), _number(before.constants().get(name))))
     print("\n".join(table.lines(("FLOP/s, bytes/s, bytes", "measured", "shipped"), rows)))
     print(f"matrix products take what these predict within {found.error:.0%} (median)")
-    if found.error > _DISTURBED:
+    if not is_sound:
         raise TensorlayersError("nothing is saved: no machine is predicted as badly as that but a busy one; run again")
-    machine.write(found.machine, path)
     if path == used:
         print(f"saved to {path}, used from now on; delete it to return to the shipped constants")
     else:

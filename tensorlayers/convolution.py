@@ -269,6 +269,12 @@ def weight_of(step: Step, cores: Sequence[Tensor]) -> Tensor:
     return core.permute(step.core_order).reshape(step.weight_shape).contiguous()
 
 
+def copies(plan: ConvPlan) -> int:
+    """Elements of the weights that take memory beside the cores."""
+    copied = (step for step in plan.steps if step.merge or list(step.core_order) != sorted(step.core_order))
+    return sum(math.prod(step.weight_shape) for step in copied)
+
+
 def enter(step: Step, x: Tensor) -> Tensor:
     """The input of a step as its convolution takes it: the channels in order, the leading indices a batch."""
     if step.reorder:

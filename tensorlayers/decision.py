@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -108,9 +108,19 @@ def decide(network: Network, task: Task, on: Machine, forced: str | None = None)
 
 
 def predicted(network: Network, task: Task, on: Machine, forced: str | None = None) -> float:
-    """Seconds of a task of any number of rows: those of its class, in proportion."""
-    classed = replace(task, rows=rows_class(task.rows))
-    return decide(network, classed, on, forced).seconds * task.rows / classed.rows
+    """Seconds of a task of any number of rows."""
+    return interpolated(task.rows, lambda rows: decide(network, replace(task, rows=rows), on, forced).seconds)
+
+
+def interpolated(rows: int, seconds: Callable[[int], float]) -> float:
+    """The time that any number of rows takes, from the times of the classes around it; beyond them, in proportion."""
+    if rows >= ROWS[-1]:
+        return seconds(ROWS[-1]) * rows / ROWS[-1]
+    for small, large in itertools.pairwise(ROWS):
+        if small <= rows < large:
+            share = (rows - small) / (large - small)
+            return seconds(small) if not share else (1 - share) * seconds(small) + share * seconds(large)
+    return seconds(ROWS[0])
 
 
 def training_seconds(network: Network, rows: int, on: Machine, dtype: str = "float32", itemsize: int = 4) -> float:

@@ -164,9 +164,9 @@ def _multiply(
         return autograd.product(row_product(network, implementation), rows, cores, bias)
     if implementation is None and is_small(network, rows.shape[0]):
         return small(network).run(rows, cores, bias)
-    if backward != "recompute" and rows.shape[0] and torch.is_grad_enabled():
+    if backward != "recompute" and implementation in (None, "contraction") and len(rows) and torch.is_grad_enabled():
         stored = decision.decide(network, decision.task_for(rows), decision.machine_of(rows), "contraction").program
-        if stored.intermediate <= _ALLOWED[backward] * rows.shape[1]:
+        if stored.intermediate * len(rows) + stored.copies <= _ALLOWED[backward] * rows.numel():
             return codegen.compiled(stored)(rows, cores, bias)
     return autograd.product(row_product(network, implementation), rows, cores, bias)
 
@@ -251,12 +251,12 @@ def conv(
     def product(
         plan: ConvPlan, x: Tensor, cores: Sequence[Tensor], window: Window, bias: Tensor | None = None
     ) -> Tensor:
-        is_chain = (
-            autograd.is_traced() or autograd.is_jit_traced()
-        )  # plain convolutions; a compiler decides what is kept
+        # Plain convolutions where a graph is made: a compiler decides what is kept.
+        is_chain = autograd.is_traced() or autograd.is_jit_traced()
         if not is_chain and torch.is_grad_enabled():
             flops = 2 * x.shape[0] * plan.dense * math.prod(window.lengths(x.shape[2:]))
-            is_chain = flops <= SMALL or conv_chunks.between(plan, x, window) <= _ALLOWED[backward] * x.numel()
+            kept = conv_chunks.between(plan, x, window) + convolution.copies(plan)
+            is_chain = flops <= SMALL or kept <= _ALLOWED[backward] * x.numel()
         if is_chain:
             return convolution.execute(plan, x, cores, window, bias)
         bias = None if bias is None else bias.to(x.dtype)

@@ -194,9 +194,11 @@ class _Lowering:
     def _candidate(self, layout: Indices, steps: Sequence[_Priced]) -> Candidate:
         of, task, rows = self.of, self.task, self.rows
         order = _permutation(layout, of.leaving)
-        held = sum(p.left for p in steps[:-1]) // rows
         made = tuple(self._step(p) for p in steps)
-        program = Program(made, self._open(layout), order, self.network.features("out"), held, rows == 1)
+        held = sum(p.left for p in steps[:-1]) + sum(self._repeats(p.way) for p in steps)
+        copies = sum(volume(core.indices, self.size) for core in (self._core_of(p.way) for p in steps) if core.copied)
+        features = self.network.features("out")
+        program = Program(made, self._open(layout), order, features, held // rows, copies, rows == 1)
         parts = task.rows / rows
         largest = max((p.largest for p in steps[:-1]), default=0)
         moved = sum(p.work.moved for p in steps) + (2 * self._bytes(layout) if order else 0)
@@ -246,7 +248,7 @@ class _Lowering:
             moved += taken + left
         if products.ahead or products.core:
             compute += self._copy(taken) if copied else 0.0
-            compute += self._copy(h * a * s * n * self.task.itemsize) if repeated and h > 1 else 0.0
+            compute += self._copy(self._repeats(way) * self.task.itemsize)
         if products.ahead:
             compute += self._product(way, h * a, r, s, n)
             moved += taken + left
@@ -300,6 +302,13 @@ class _Lowering:
     @staticmethod
     def _is_repeated(way: _Way, sizes: _Sizes) -> bool:
         return sizes.repeats > 1 or BATCH in way.repeats
+
+    def _repeats(self, way: _Way) -> int:
+        """Elements of the copies of a core that is a stack of matrices, for each matrix of the rows; a view if one."""
+        sizes = self._sizes(way)
+        if sizes.shared == 1 or not self._is_repeated(way, sizes):
+            return 0
+        return sizes.shared * sizes.repeats * sizes.summed * sizes.brought
 
     # -- the step itself ----------------------------------------------------------------------------------------------
 

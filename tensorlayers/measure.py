@@ -31,6 +31,8 @@ class _Sizes:
     sampling : Sampling
     cached : int
         The most bytes of an operand of these products; of a CPU no more than its cache has.
+    side : int
+        Of the matrices that other dtypes are measured on.
     copied : int
         Elements of a tensor far above the cache.
     permuted : (int, int, int)
@@ -39,12 +41,13 @@ class _Sizes:
 
     sampling: Sampling
     cached: int
+    side: int
     copied: int
     permuted: tuple[int, int, int]
 
 
-_CPU = _Sizes(Sampling((2, 1500), 256, (1e6, 1e9), 5e-4), _MOST_CACHE, 1 << 24, (256, 48, 64))
-_GPU = _Sizes(Sampling((16, 8192), 256, (1e9, 4e11), 5e-3), 1 << 30, 1 << 28, (1024, 768, 64))
+_CPU = _Sizes(Sampling((2, 1500), 256, (1e6, 1e9), 5e-4), _MOST_CACHE, 256, 1 << 24, (256, 48, 64))
+_GPU = _Sizes(Sampling((16, 8192), 256, (1e9, 4e11), 5e-3), 1 << 26, 2048, 1 << 28, (1024, 768, 64))
 
 _CACHES = tuple(int(1e6 * 2 ** (quarter / 4)) for quarter in range(-4, 21))  # 0.5 MB to 32 MB
 
@@ -130,7 +133,7 @@ def _measure(device: torch.device, clock: Clock | None, repeats: int, count: int
         function=_function(device, clock, repeats, launch),
         conv=measure_conv(clock, repeats) if on_cpu else known.conv,
     )
-    return Measurement(replace(machine, flops=measure_dtypes(device, clock, repeats, machine)), rates.error)
+    return Measurement(replace(machine, flops=measure_dtypes(device, clock, repeats, machine, sizes.side)), rates.error)
 
 
 def _memory(device: torch.device, clock: Clock, repeats: int, elements: int) -> float:
@@ -180,10 +183,13 @@ class _Plain(autograd.Multilinear):
         return tuple(x)
 
     def forward(self, x: Tensor, cores: Any, bias: Tensor | None) -> Tensor:
-        return torch.mm(x, cores[0])
+        return self.plain(x, cores)
 
     def gradients(self, dy: Tensor, x: Tensor, cores: Any, needs: Any) -> list[Tensor | None]:
         return [torch.mm(dy, cores[0].t()), torch.mm(x.t(), dy)]
+
+    def plain(self, x: Tensor, cores: Any) -> Tensor:
+        return torch.mm(x, cores[0])
 
 
 autograd.register("measured", _Plain)

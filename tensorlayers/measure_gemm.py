@@ -18,7 +18,7 @@ DTYPES = (torch.float64, torch.bfloat16, torch.float16)
 """Whose rates are measured after that of float32."""
 
 _SLOW = 50  # times float32's: emulated rather than multiplied, and a probe is enough
-_LARGE = ((512, 512, 512), (1024, 256, 768), (256, 1024, 768))
+_LARGE = ((2, 2, 2), (4, 1, 3), (1, 4, 3))  # times `side`
 _CALLS = 100
 
 # Bounds of what is fitted: (least, most).
@@ -202,10 +202,11 @@ def fit(measured: Sequence[Product], seconds: Sequence[float], launch: float) ->
     return Rates(rates["flops"], {name: rates[name] for name in "mkn"}, rates["cached"], error)
 
 
-def measure_dtypes(device: torch.device, clock: Clock, repeats: int, on: Machine) -> dict[str, float]:
+def measure_dtypes(device: torch.device, clock: Clock, repeats: int, on: Machine, side: int) -> dict[str, float]:
     """FLOP/s by dtype, of those in which the device multiplies; `on` has all other constants.
 
-    A dtype that is very much slower than float32 is timed once.
+    Measured on products of matrices with sides of `side` and a few times that; a dtype that is very much slower than
+    float32 is timed once.
     """
     found = dict(on.flops)
     probe = Product(1, 256, 256, 256)
@@ -215,7 +216,8 @@ def measure_dtypes(device: torch.device, clock: Clock, repeats: int, on: Machine
             once = fastest({probe: probe.prepared(device, dtype)}, clock, 1)
         except RuntimeError:
             continue  # not on this device
-        cases = {Product(1, *sizes): Product(1, *sizes).prepared(device, dtype) for sizes in _LARGE}
+        large = [Product(1, *(side * size for size in sizes)) for sizes in _LARGE]
+        cases = {product: product.prepared(device, dtype) for product in large}
         times = once if once[probe] > limit else fastest(cases, clock, repeats)
         rates = sorted(_rate(product, time, on, dtype.itemsize) for product, time in times.items())
         found[str(dtype).removeprefix("torch.")] = rates[len(rates) // 2]

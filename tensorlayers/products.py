@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, conv_chunks, convolution, decision, matmul
+from . import autograd, conv_chunks, convolution, decision, functional, matmul
 from .contraction import constant_when_compiled
 from .conv_maps import Window
 from .convolution import ConvPlan
@@ -50,6 +50,9 @@ class RowProduct(autograd.Multilinear):
         with without_autocast(x):
             return matmul.gradients(chosen.program, dy, x, cores, needs, chosen.chunk)
 
+    def plain(self, x: Tensor, cores: Sequence[Tensor]) -> Tensor:
+        return functional.contract_rows(x, self.network, cores)
+
     def _chosen(self, task: Task, x: Tensor) -> Candidate:
         return decision.decide(self.network, task, decision.machine_of(x), self.forced)
 
@@ -73,6 +76,9 @@ class WindowProduct(autograd.Multilinear):
             return _zeros((x, *cores), needs)
         with without_autocast(x):
             return conv_chunks.gradients(self._plan(x), dy, x, cores, self.window, needs)
+
+    def plain(self, x: Tensor, cores: Sequence[Tensor]) -> Tensor:
+        return convolution.execute(self._plan(x), x, cores, self.window)
 
     def _plan(self, x: Tensor) -> ConvPlan:
         return convolution.plan_for(self.network, self.window, x.shape[0] * math.prod(x.shape[2:]))

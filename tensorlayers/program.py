@@ -116,7 +116,9 @@ class Program:
     features : int
         Of a row of the result.
     intermediate : int
-        Elements that the steps but the last leave, for a row.
+        Elements that the steps but the last leave, and that the repetitions of cores take, for a row.
+    copies : int
+        Elements of the cores that are copied to become matrices.
     single : bool
         Whether it is for a single row.
     """
@@ -126,6 +128,7 @@ class Program:
     order: tuple[int, ...]
     features: int
     intermediate: int
+    copies: int
     single: bool = False
 
 

@@ -211,7 +211,8 @@ def test_no_einsum_of_more_than_two_operands(monkeypatch, cls, order):
     contraction.to_dense(network, cores)
     contraction.squared_norm(network, cores)
     contraction.total(network, cores)
-    assert len(counts) == 3 * len(cores) + 2 * (len(cores) - 1) + 2 * len(cores) - 1
+    # A step that sums nothing is an elementwise product instead.
+    assert 0 < len(counts) <= 3 * len(cores) + 2 * (len(cores) - 1) + 2 * len(cores) - 1
     assert max(counts) <= 2
 
 

@@ -287,16 +287,16 @@ def test_patterns_of_the_formats_differ():
         (TT, (4, 4), "o1 i1 r1 | r1 o2 i2 r2 | r2 o3 i3 r3 | r3 o4 i4"),
         (TT, (3, 1), "o1 i1 r1 | r1 o2 r2 | r2 o3"),
         (TT, (1, 3), "o1 i1 r1 | r1 i2 r2 | r2 i3"),
-        (BTT, (2, 2), "i1 i2 o2 r1 | i1 o1 o2 r1"),
-        (BTT, (3, 3), "i1 i2 i3 o3 r1 | i1 i2 o2 o3 r1 r2 | i1 o1 o2 o3 r2"),
+        (BTT, (2, 2), "i1 i2 o2 r1 | o2 o1 i1 r1"),
+        (BTT, (3, 3), "i1 i2 i3 o3 r1 | i1 o3 o2 r2 i2 r1 | o2 o3 o1 i1 r2"),
         (
             BTT,
             (4, 4),
-            "i1 i2 i3 i4 o4 r1 | i1 i2 i3 o3 o4 r1 r2 | i1 i2 o2 o3 o4 r2 r3 | i1 o1 o2 o3 o4 r3",
+            "i1 i2 i3 i4 o4 r1 | i1 i2 o4 o3 r2 i3 r1 | i1 o3 o4 o2 r3 i2 r2 | o2 o3 o4 o1 i1 r3",
         ),
         # A missing out mode is the last, a missing in mode the first: so that the one is the other's mirror image.
-        (BTT, (1, 2), "i1 i2 r1 | i1 o1 r1"),
-        (BTT, (2, 1), "i1 o2 r1 | o1 o2 r1"),
+        (BTT, (1, 2), "i1 i2 r1 | o1 i1 r1"),
+        (BTT, (2, 1), "i1 o2 r1 | o2 o1 r1"),
     ],
 )
 def test_layout_by_hand(cls, counts, cores):

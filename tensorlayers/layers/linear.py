@@ -154,9 +154,11 @@ class FactorizedLinear(DispatchedLayer):
     def _small_forward(self, input: Tensor) -> Tensor | None:
         """A product so small that every microsecond before it counts; None where it is not, or anything is special."""
         small, shape = self._small, input.shape
-        if small is None or len(shape) != 2 or not 0 < shape[0] <= small.rows or shape[1] != small.columns:
+        if small is None or len(shape) != 2 or shape[1] != small.columns:
             return None
         if self._implementation is not None or self._rank_dropout or is_any_frozen() or not dispatch.is_plain(input):
+            return None
+        if not 0 < shape[0] <= small.rows:  # asked last: a graph that is traced would not serve other rows
             return None
         cores, parameters = self._modules["cores"]._parameters, self._parameters  # type: ignore[union-attr]
         if len(cores) != len(small.network.cores) or "bias" not in parameters:
