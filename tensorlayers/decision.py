@@ -99,6 +99,25 @@ def _options(network: Network, task: Task, on: Machine, forced: str | None, thre
     return tuple(listed)
 
 
+def options_for(network: Network, task: Task, on: Machine, forced: str | None = None) -> tuple[Option, ...]:
+    """`options` of a task of any number of rows: those of its class, with the times and costs of so many rows."""
+    classed = replace(task, rows=rows_class(task.rows))
+    found = []
+    for option in options(network, classed, on, forced):
+        candidate = option.candidate
+        if candidate is not None:
+            share = task.rows / classed.rows
+            in_proportion = candidate.seconds / classed.rows
+
+            def seconds(rows: int, name: str = option.name, in_proportion: float = in_proportion) -> float:
+                (there,) = (o for o in options(network, replace(task, rows=rows), on, forced) if o.name == name)
+                return in_proportion * rows if there.seconds is None else there.seconds
+
+            candidate = replace(candidate, cost=candidate.cost_at(share), seconds=interpolated(task.rows, seconds))
+        found.append(replace(option, candidate=candidate))
+    return tuple(found)
+
+
 def decide(network: Network, task: Task, on: Machine, forced: str | None = None) -> Candidate:
     """The candidate that is taken."""
     for option in options(network, task, on, forced):

@@ -24,6 +24,7 @@ from .errors import KernelError
 from .network import Network
 from .precision import cast_for_autocast
 from .products import row_product, window_product
+from .program import Program
 from .small import SMALL, is_small, small
 
 # Order-2 tensor train: o1 i1 r, r o2 i2.
@@ -164,11 +165,19 @@ def _multiply(
         return autograd.product(row_product(network, implementation), rows, cores, bias)
     if implementation is None and is_small(network, rows.shape[0]):
         return small(network).run(rows, cores, bias)
-    if backward != "recompute" and implementation in (None, "contraction") and len(rows) and torch.is_grad_enabled():
-        stored = decision.decide(network, decision.task_for(rows), decision.machine_of(rows), "contraction").program
-        if stored.intermediate * len(rows) + stored.copies <= _ALLOWED[backward] * rows.numel():
-            return codegen.compiled(stored)(rows, cores, bias)
+    stored = stored_program(network, rows, implementation, backward) if torch.is_grad_enabled() else None
+    if stored is not None:
+        return codegen.compiled(stored)(rows, cores, bias)
     return autograd.product(row_product(network, implementation), rows, cores, bias)
+
+
+def stored_program(network: Network, rows: Tensor, implementation: str | None, backward: str) -> Program | None:
+    """What runs as a plain chain, so that its activations are kept for backward; None where they are too many."""
+    if backward == "recompute" or implementation not in (None, "contraction") or not len(rows):
+        return None
+    program = decision.decide(network, decision.task_for(rows), decision.machine_of(rows), "contraction").program
+    fits = program.intermediate * len(rows) + program.copies <= _ALLOWED[backward] * rows.numel()
+    return program if fits else None
 
 
 def _is_known_small(rows: Tensor, network: Network) -> bool:

@@ -12,9 +12,10 @@ from .cost import Cost
 from .errors import NetworkError
 from .layers import FactorizedLayer, FactorizedLinear
 from .machine import Machine
-from .network import Network
 from .precision import cast_for_autocast
 from .program import Task
+
+FROZEN, STORED = "dense (frozen)", "contraction (stored)"
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,12 @@ class Row:
     Parameters
     ----------
     name : str
-        One of `dispatch.NAMES`, "dense (frozen)", or "torch's dense layer", which is there to compare with.
+        One of `dispatch.NAMES`; `FROZEN`, torch's own layer, which is there to compare with too; `STORED`, a plain chain
+        whose activations are kept for backward; or `small.NAME`, a plain chain because the product is small.
     seconds : float or None
-        The predicted time at the number of rows given; None where there is no estimate.
+        The predicted time at the number of rows given, in seconds; None where there is no estimate.
     cost : Cost or None
-        FLOPs and elements moved.
+        FLOPs and elements moved at that number of rows; None where there is no estimate.
     chunk : int
         Rows at a time; 0: all.
     refusal : str
@@ -97,7 +99,7 @@ def explain(layer: FactorizedLayer, x: Tensor, *, training: bool | None = None) 
     ----------
     layer : FactorizedLinear
     x : Tensor
-        ``(*batch, in_features)``; its shape, dtype and device are used, not its values.
+        ``(*batch, in_features)``; its shape, dtype, device and requires_grad are used, not its values.
     training : bool, optional
         Whether gradients are explained too. By default where a forward now would record them.
 
@@ -110,62 +112,74 @@ def explain(layer: FactorizedLayer, x: Tensor, *, training: bool | None = None) 
     ------
     NetworkError
         If the layer is no linear layer, or the input does not fit.
+    KernelError
+        If a kernel is demanded that does not support the call.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from tensorlayers import FactorizedLinear, LowRank
+    >>> layer = FactorizedLinear(768, 3072, format=LowRank(64))
+    >>> explain(layer, torch.zeros(256, 768)).chosen
+    'contraction'
     """
     if not isinstance(layer, FactorizedLinear):
         raise NetworkError(f"explain: a FactorizedLinear; got {type(layer).__name__}")
-    if x.dim() == 0 or x.shape[-1] != layer.in_features:
-        raise NetworkError(f"input: the last dimension is in_features = {layer.in_features}; got {tuple(x.shape)}")
-    (x,) = cast_for_autocast(x)
-    rows = max(x.numel() // layer.in_features, 1)
-    core_gradients = any(core.requires_grad for core in layer.cores)
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != layer.in_features:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise NetworkError(f"input: a tensor whose last dimension is in_features = {layer.in_features}; got {got}")
+    given, core = cast_for_autocast(x, layer.cores[0])
+    if given.dtype != core.dtype:
+        raise NetworkError(f"input: the dtype of the cores, {core.dtype}; got {given.dtype}")
+    network, count = layer.own_network, max(x.numel() // layer.in_features, 1)
+    rows = given.new_empty(1, 1).expand(count, network.features("in"))
+    needs = x.requires_grad, any(core.requires_grad for core in layer.cores)
     if training is None:
-        training = torch.is_grad_enabled() and (core_gradients or x.requires_grad)
-    task = Task(rows, dtype=str(x.dtype).removeprefix("torch."), itemsize=x.dtype.itemsize)
-    back = replace(task, x=True, cores=core_gradients or not x.requires_grad)
+        training = torch.is_grad_enabled() and any(needs)
+    task = Task(count, dtype=str(given.dtype).removeprefix("torch."), itemsize=given.dtype.itemsize)
+    of_x, of_cores = needs if any(needs) else (True, True)
+    taken = _overriding(layer, rows, training)
     title = (
         f"{type(layer).__name__}({layer.in_features}, {layer.out_features}), {layer.format}, ranks "
-        f"{','.join(map(str, layer.network.ranks)) or '-'}; {rows} rows, {task.dtype}, "
+        f"{','.join(map(str, layer.network.ranks)) or '-'}; {count} rows, {task.dtype}, "
         f"{decision.machine_of(x).name} ({torch.get_num_threads()} threads)"
     )
-    ahead = _rows(layer, x, task)
-    return Explanation(title, ahead, _rows(layer, x, back) if training else (), task.itemsize)
+    ahead = _rows(layer, rows, task, taken)
+    back = _rows(layer, rows, replace(task, x=of_x, cores=of_cores), taken) if training else ()
+    return Explanation(title, ahead, back, task.itemsize)
 
 
-def _rows(layer: FactorizedLinear, x: Tensor, task: Task) -> tuple[Row, ...]:
-    network, on = layer.own_network, decision.machine_of(x)
-    classed = replace(task, rows=decision.rows_class(task.rows))
-    scale = task.rows / classed.rows
-    taken = _overriding(layer, network, x, task)
+def _rows(layer: FactorizedLinear, rows: Tensor, task: Task, taken: str) -> tuple[Row, ...]:
+    """The ways to carry out a task; `taken` is what runs in place of the options of `decision`."""
+    network, on = layer.own_network, decision.machine_of(rows)
     found = []
-    for option in decision.options(network, classed, on, layer.implementation):
-        candidate = option.candidate
+    for option in decision.options_for(network, task, on, layer.implementation):
         refusal = option.refusal or (f"{taken} runs" if taken else "")
-        if candidate is None:
-            found.append(Row(option.name, None, None, 0, option.refusal))
-        else:
-            cost = Cost(int(candidate.cost.flops * scale), int(candidate.cost.elements * scale))
-            found.append(Row(option.name, candidate.seconds * scale, cost, candidate.chunk, refusal))
+        chunk = option.candidate.chunk if option.candidate else 0
+        cost = option.candidate.cost if option.candidate else None
+        found.append(Row(option.name, option.seconds, cost, chunk, refusal))
     for kernel in dispatch.KERNELS:
-        reason = dispatch.kernel_refusal(kernel, network, x.device.type, x.dtype)
+        reason = dispatch.kernel_refusal(kernel, network, rows.device.type, rows.dtype)
         found.append(Row(kernel.name, None, None, 0, "" if taken == kernel.name else reason or "not chosen"))
     dense, cost = _dense(layer, task, on)
-    found.append(Row(_FROZEN, dense, cost, 0, "" if taken == _FROZEN else "the layer is not frozen: see freeze()"))
-    if taken == small.NAME:
-        found.append(Row(small.NAME, None, None, 0, ""))
+    found.append(Row(FROZEN, dense, cost, 0, "" if taken == FROZEN else "the layer is not frozen: see freeze()"))
+    if taken in (small.NAME, STORED):
+        found.append(Row(taken, None, None, 0, ""))
     return tuple(found)
 
 
-_FROZEN = "dense (frozen)"
-
-
-def _overriding(layer: FactorizedLinear, network: Network, x: Tensor, task: Task) -> str:
+def _overriding(layer: FactorizedLinear, rows: Tensor, training: bool) -> str:
     """What runs in place of the options of `decision`; empty where one of these does."""
+    network, demanded = layer.own_network, layer.implementation
     if layer.frozen:
-        return _FROZEN
-    kernel = dispatch.chosen_kernel(network, x, layer.implementation)
+        return FROZEN
+    kernel = dispatch.chosen_kernel(network, rows, demanded)
     if kernel is not None:
         return kernel
-    return small.NAME if small.is_small(network, task.rows) and layer.implementation is None else ""
+    if small.is_small(network, len(rows)) and demanded is None:
+        return small.NAME
+    stored = dispatch.stored_program(network, rows, demanded, layer.backward) if training else None
+    return STORED if stored is not None else ""
 
 
 def _dense(layer: FactorizedLinear, task: Task, on: Machine) -> tuple[float, Cost]:

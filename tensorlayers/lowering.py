@@ -164,7 +164,7 @@ class _Lowering:
             for layout, (seconds, steps) in layouts.items():
                 for way in self._ways(layout, done, group):
                     priced = self._priced(layout, way, products)
-                    total = seconds + self._seconds(priced)
+                    total = seconds + self._seconds(priced) + priced.fixed * self.rows / self.task.rows
                     if last and priced.leaves != self.of.leaving:
                         total += self._copy(self._bytes(priced.leaves))
                     if priced.leaves not in grown or total < grown[priced.leaves][0]:
@@ -210,7 +210,7 @@ class _Lowering:
         ends = volume(of.entering, of.size) + volume(of.leaving, of.size)
         seconds += ends * task.itemsize * (1 if task.forward else 2) / self._bandwidth(ends)
         launches = int(sum(p.work.launches for p in steps) * math.ceil(parts))
-        return Candidate(program, self.chunk, chained + merged, seconds, launches, largest)
+        return Candidate(program, self.chunk, chained + merged, merged, seconds, launches, largest)
 
     def _merged(self, group: Group) -> Cost:
         """What it takes to multiply the cores of a group, and to take the gradients apart."""

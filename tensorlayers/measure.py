@@ -15,10 +15,12 @@ from .errors import CostModelError
 from .machine import Machine, shipped
 from .measure_conv import measure_conv
 from .measure_gemm import Sampling, measure_dtypes, measure_launch, measure_products
-from .timing import Clock, clock_of, fastest
+from .timing import Clock, clock_of, fastest, share_of_processors
 
 _KNEE = 1.4  # the time a byte, over the least, up to which an intermediate counts as cached
 _CALLS = 100
+_SHARE = 0.9  # of the time of the threads, below which what is measured is what else runs
+_ERROR = 0.4  # of predicted times, above which it is that too
 _LEAST_CACHE, _MOST_CACHE = 1_000_000, 16_000_000
 
 
@@ -90,7 +92,7 @@ def measure(
     Raises
     ------
     CostModelError
-        If there is no such device, or threads are given for another than the CPU.
+        If there is no such device, threads are given for another than the CPU, or something else runs.
     """
     if device not in ("cpu", "cuda"):
         raise CostModelError(f"device {device!r}: constants are measured for 'cpu' and 'cuda'")
@@ -99,7 +101,21 @@ def measure(
     if device == "cuda" and not torch.cuda.is_available():
         raise CostModelError("device 'cuda': torch finds none")
     with _threads(threads):
-        return _measure(torch.device(device), clock, repeats=5 if quick else 25, count=32 if quick else 64)
+        _expect_free()
+        found = _measure(torch.device(device), clock, repeats=5 if quick else 25, count=32 if quick else 64)
+        _expect_free()
+    if found.error > _ERROR:
+        raise CostModelError(f"what was measured is predicted within {found.error:.0%} only: did something else run?")
+    return found
+
+
+def _expect_free() -> None:
+    share = share_of_processors()
+    if share < _SHARE:
+        raise CostModelError(
+            f"threads {torch.get_num_threads()}: they had a processor for {share:.0%} of the time; "
+            "measure while nothing else runs, or with fewer threads"
+        )
 
 
 @contextmanager

@@ -143,6 +143,8 @@ class Candidate:
         Rows at a time; 0: all.
     cost : Cost
         FLOPs and elements moved.
+    merging : Cost
+        What of these it takes to multiply cores with each other, whatever the number of rows.
     seconds : float
     launches : int
     largest : int
@@ -152,6 +154,12 @@ class Candidate:
     program: Program
     chunk: int
     cost: Cost
+    merging: Cost
     seconds: float
     launches: int
     largest: int
+
+    def cost_at(self, share: float) -> Cost:
+        """The cost of so many times the rows."""
+        flops, elements = self.cost.flops - self.merging.flops, self.cost.elements - self.merging.elements
+        return Cost(round(flops * share), round(elements * share)) + self.merging

@@ -29,6 +29,19 @@ def clock_of(device: torch.device) -> Clock:
     return clock
 
 
+def share_of_processors(seconds: float = 0.5) -> float:
+    """The part of the time of torch's threads that the process has a processor for, while it multiplies matrices.
+
+    Below 1 where something else runs, or there are more threads than processors: each product then waits for the
+    thread that is late.
+    """
+    a = torch.ones(768, 768)
+    wall, used = time.perf_counter(), time.process_time()
+    while time.perf_counter() - wall < seconds:
+        torch.mm(a, a)
+    return (time.process_time() - used) / ((time.perf_counter() - wall) * torch.get_num_threads())
+
+
 def fastest(
     cases: Mapping[Key, Callable[[], object]],
     clock: Clock,

@@ -17,7 +17,7 @@ from tensorlayers.errors import CostModelError
 from tensorlayers.machine import SHIPPED, VARIABLE, Machine, machine, product_seconds, read, shipped, write
 from tensorlayers.measure import Measurement
 from tensorlayers.measure_gemm import Product
-from tensorlayers.timing import fastest
+from tensorlayers.timing import fastest, share_of_processors
 from tests.machine import TYPICAL
 
 KNOWN = Machine(
@@ -77,6 +77,7 @@ def clock(monkeypatch):
 
     monkeypatch.setattr(autograd, "product", custom)
     monkeypatch.setattr(measure, "measure_conv", lambda clock, repeats: dict(KNOWN.conv))
+    monkeypatch.setattr(measure, "share_of_processors", lambda: 1.0)
     with clock:
         yield clock
 
@@ -200,6 +201,7 @@ def test_the_threads_are_as_before_whatever_happens(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(measure, "measure_launch", measured)
+    monkeypatch.setattr(measure, "share_of_processors", lambda: 1.0)
     with pytest.raises(KeyboardInterrupt):
         measure.measure(threads=2)
     assert (seen, torch.get_num_threads()) == ([2], 1)
@@ -352,13 +354,27 @@ def test_the_command_saves_where_it_is_told(home, asked, capsys, tmp_path):
     assert f"{VARIABLE} names, as cuda.json" in capsys.readouterr().out
 
 
-def test_a_disturbed_measurement_is_not_saved(home, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "measure", lambda *_, **__: Measurement(TYPICAL, 0.6))
+@pytest.mark.parametrize(
+    ("shares", "error", "message"),
+    [
+        ((0.5,), 0.1, "threads 1: they had a processor for 50%"),
+        ((1.0, 0.8), 0.1, "for 80%"),
+        ((1.0, 1.0), 0.6, "within 60%"),
+    ],
+    ids=["before", "after", "fit"],
+)
+def test_a_disturbed_measurement_is_not_saved(home, monkeypatch, capsys, shares, error, message):
+    left = iter(shares)
+    monkeypatch.setattr(measure, "share_of_processors", lambda: next(left))
+    monkeypatch.setattr(measure, "_measure", lambda *_, **__: Measurement(TYPICAL, error))
     assert cli.main(["calibrate"]) == 1
-    captured = capsys.readouterr()
-    assert "within 60%" in captured.out
-    assert "nothing is saved" in captured.err
+    assert message in capsys.readouterr().err
+    assert not list(left)
     assert not os.listdir(home)
+
+
+def test_the_share_of_the_processors_is_measured():
+    assert share_of_processors(0.05) > 0
 
 
 @pytest.mark.parametrize(
