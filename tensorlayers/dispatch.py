@@ -100,6 +100,8 @@ def use_kernels(mode: str) -> Iterator[None]:
 @contraction.constant_when_compiled
 def kernel_for(network: Network, mode: str, device: str, dtype: torch.dtype, wanted: str | None) -> str | None:
     """The name of the kernel that runs a product, which is loaded then; None for torch's operations."""
+    if wanted is not None and wanted not in NAMES:
+        raise KernelError(f"implementation: None or one of {', '.join(NAMES)}; got {wanted!r}")
     if wanted in decision.NAMES and mode != "triton":
         return None
     if wanted is None and (mode == "torch" or (mode == "auto" and (device == "cpu" or not _triton_present()))):

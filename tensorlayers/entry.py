@@ -20,8 +20,8 @@ ROWS = 1024
 
 SMALL = 2**16
 """Weights up to which a layer has no estimate of its time at `ROWS`: it would be one of what launches of operations
-cost, and that depends on what surrounds the layer more than on the layer. MACs decide there. Of a grouped convolution it
-counts what it would have without groups."""
+cost, and that depends on what surrounds the layer more than on the layer. MACs decide there. Of a grouped convolution
+it counts what it would have without groups."""
 
 TINY = 2**8
 """Weights below which a factorized layer is slower at `ROWS` whatever its MACs: it is launches alone."""

@@ -25,8 +25,8 @@ class Row:
     Parameters
     ----------
     name : str
-        One of `dispatch.NAMES`; `FROZEN`, torch's own layer, which is there to compare with too; `STORED`, a plain chain
-        whose activations are kept for backward; or `small.NAME`, a plain chain because the product is small.
+        One of `dispatch.NAMES`; `FROZEN`, torch's own layer, which is there to compare with too; `STORED`, a plain
+        chain whose activations are kept for backward; or `small.NAME`, a plain chain because the product is small.
     seconds : float or None
         The predicted time at the number of rows given, in seconds; None where there is no estimate.
     cost : Cost or None
@@ -81,13 +81,14 @@ class Explanation:
         seconds = "-" if row.seconds is None else duration(row.seconds)
         flops = table.count(row.cost.flops) if row.cost else "-"
         moved = table.count(row.cost.bytes(self.itemsize)) if row.cost else "-"
-        return row.name, seconds, flops, moved, str(row.chunk or "all"), row.refusal or "<- taken"
+        rows = str(row.chunk or "all") if row.cost else "-"
+        return row.name, seconds, flops, moved, rows, row.refusal or "<- taken"
 
 
 def duration(seconds: float) -> str:
     """A time in the unit that suits it."""
     for factor, unit in ((1e6, "us"), (1e3, "ms")):
-        if seconds * factor < 1000:
+        if seconds * factor < 999.5:
             return f"{seconds * factor:.3g} {unit}"
     return f"{seconds:.3g} s"
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import codegen, contraction
+from .precision import at_least_single
 from .program import Group, Program, Step
 
 
@@ -156,7 +157,7 @@ def gradients(
     for position, step in enumerate(program.steps):
         total, sums[position] = sums[position], None
         if total is not None:
-            for k, gradient in _core_gradients(step, total, cores, needs):
+            for k, gradient in _core_gradients(step, total.to(x.dtype), cores, needs):
                 found[1 + k] = gradient
     return found
 
@@ -218,19 +219,23 @@ def _inverse(order: Sequence[int]) -> list[int]:
 
 
 def _add(step: Step, total: Tensor | None, rows: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of a step's core from one chunk, added to what the chunks before gave."""
+    """The gradient of a step's core from one chunk, added to those before in single precision at least."""
     left, right = (gradient, rows.mT) if step.left else (rows.mT, gradient)
+    wide = at_least_single(rows.dtype)
     if not step.repeated:
         multiply, accumulate = (torch.mm, torch.addmm) if rows.dim() == 2 else (torch.bmm, torch.baddbmm)
-        return multiply(left, right) if total is None else accumulate(total, left, right, out=total)
+        if total is not None and rows.dtype == wide:
+            return accumulate(total, left, right, out=total)
+        found = multiply(left, right)
+        return found.to(wide) if total is None else total.add_(found)
     if step.summed_apart:
         found = torch.bmm(left, right)
-        found = found.view(step.shared, -1, *found.shape[1:]).sum(1)
+        found = found.view(step.shared, -1, *found.shape[1:]).sum(1, dtype=wide)
     else:  # the batch joins the contracted dimension
         left, right = (_joined(step, matrix) for matrix in (left, right.mT))
         found = torch.bmm(left, right.mT)
     found = found.squeeze(0) if step.shared == 1 else found
-    return found if total is None else total.add_(found)
+    return found.to(wide) if total is None else total.add_(found)
 
 
 def _joined(step: Step, matrices: Tensor) -> Tensor:

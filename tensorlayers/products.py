@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -91,12 +92,22 @@ def _zeros(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | No
 @constant_when_compiled
 def row_product(network: Network, forced: str | None = None) -> str:
     """The spec of a `RowProduct`."""
-    return autograd.describe("rows", network=_written(network), forced=forced)
+    return _row_product(network, forced)
 
 
 @constant_when_compiled
 def window_product(network: Network, window: Window) -> str:
     """The spec of a `WindowProduct`."""
+    return _window_product(network, window)
+
+
+@lru_cache(maxsize=4096)  # every forward asks for it
+def _row_product(network: Network, forced: str | None) -> str:
+    return autograd.describe("rows", network=_written(network), forced=forced)
+
+
+@lru_cache(maxsize=4096)
+def _window_product(network: Network, window: Window) -> str:
     return autograd.describe("window", network=_written(network), window=asdict(window))
 
 

@@ -15,7 +15,7 @@ from tensorlayers.formats import available
 from tensorlayers.machine import Machine
 from tensorlayers.orders import VARIANTS
 from tensorlayers.program import Task
-from tensorlayers.testing import assert_close
+from tensorlayers.testing import assert_close, relative_error
 from tests.engine.support import NETWORKS, large, network_of, operands, truth
 from tests.machine import TYPICAL
 
@@ -184,6 +184,20 @@ class TestStrides:
                     y = matmul.forward(candidate.program, x, cores, bias, 32)
                     runs.append([y, *matmul.gradients(candidate.program, dy, x, cores, [True] * (1 + len(cores)), 32)])
             assert all(map(torch.equal, *runs))
+
+    def test_in_half_precision_chunks_are_summed_in_single(self, network):
+        x, cores, _ = operands(network, 2048, torch.bfloat16)
+        dy = torch.randn(2048, 192, dtype=torch.bfloat16)
+        expected = truth(network, x.double(), [core.double() for core in cores], dy.double())[1]
+        for candidate in found(network, 64, True, True):
+            needs = [False] + [True] * len(cores)
+            with torch.no_grad():
+                actual = matmul.gradients(candidate.program, dy, x, cores, needs, 16)
+                whole = matmul.gradients(candidate.program, dy, x, cores, needs)
+            for ours, other, theirs in zip(actual[1:], whole[1:], expected[1:], strict=True):
+                assert ours.dtype == torch.bfloat16
+                assert_close(ours, theirs, torch.bfloat16)
+                assert relative_error(ours, theirs) <= 1.5 * relative_error(other, theirs)
 
     def test_flops_are_those_that_torch_counts(self, network):
         """Elementwise products of cores are not among what torch counts."""
