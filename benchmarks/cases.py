@@ -13,7 +13,18 @@ import torch
 from compare import Candidate
 from torch import Tensor, nn
 
-from tensorlayers import BTT, CP, TT, FactorizedLinear, Format, LowRank, RankError, Tucker, plan_conversion
+from tensorlayers import (
+    BTT,
+    CP,
+    TT,
+    FactorizedLinear,
+    Format,
+    LowRank,
+    RankError,
+    Tucker,
+    contraction,
+    plan_conversion,
+)
 from tensorlayers.cost import SLOWER
 from tensorlayers.layers import FactorizedLayer
 from tensorlayers.network import Network
@@ -29,11 +40,17 @@ SHARES: dict[float, dict[type[Format], tuple[float, float]]] = {
 }
 """Forward, and forward + backward, by the share of FLOPs and the format, at 1024 rows and more."""
 REBUILT = (1.15, 1.25)
-"""The same where there is more arithmetic than dense's and building the weight adds at most `SMALL` of its GEMM."""
-SMALL = 0.05
+"""The same where there is more arithmetic than dense's and building the weight adds at most `REBUILD_SHARE` to it."""
+REBUILD_SHARE = 0.05
 ONE_ROW = 0.40
 """Forward, one row, at `MIDDLE` or less."""
-TINY: dict[type[Format], tuple[float, float]] = {LowRank: (1.5, 3), TT: (4, 3), CP: (4, 3), BTT: (4, 3), Tucker: (6, 3)}
+OVERHEAD: dict[type[Format], tuple[float, float]] = {
+    LowRank: (1.5, 3),
+    Tucker: (6, 3),
+    BTT: (4, 3),
+    TT: (4, 3),
+    CP: (4, 3),
+}
 """16 -> 10 features, 4 rows: forward, and forward + backward."""
 CHEAPEST = 1.10
 """Of the cheapest implementation that is measured, where nothing can be as fast as dense."""
@@ -57,6 +74,17 @@ def targets(forward: float | None = None, training: float | None = None) -> dict
 def share(kind: type[FactorizedLayer], settings: Mapping[str, Any], network: Network, rows: int) -> float:
     """Factorized over dense FLOPs, as the layer kind counts them."""
     return kind.factorized_cost(network, settings, rows).flops / kind.dense_cost(settings, rows).flops
+
+
+def rebuilding(layer: FactorizedLayer, rows: int) -> float:
+    """FLOPs of building the dense weight, of those of the dense product."""
+    dense = layer.dense_cost(layer.settings_of(layer), rows)
+    return contraction.dense_plan(layer.own_network).flops / dense.flops
+
+
+def least_work(layer: FactorizedLayer, rows: int) -> float:
+    """FLOPs of the cheaper way, factorized or by the dense weight rebuilt, of those of the dense product."""
+    return min(share(type(layer), layer.settings_of(layer), layer.own_network, rows), 1 + rebuilding(layer, rows))
 
 
 def nearest(
@@ -102,25 +130,32 @@ def nearest(
 def aligned(
     kind: type[FactorizedLayer], settings: Mapping[str, Any], rows: int, wanted: float, format: Format
 ) -> Format:
-    """The format with its ranks in multiples of 4 (of 8 above 64), as BLAS is fastest, its FLOPs nearest to a share.
+    """The format with ranks in multiples of `unit`, its FLOPs nearest to a share.
 
-    A user who chooses ranks for speed does so; a fraction of the parameters would not. No rank is that of a whole mode:
-    nothing would be compressed there.
+    A user who chooses ranks for speed does so; a fraction of the parameters would not. No such rank is that of a whole
+    mode: nothing would be compressed there.
     """
     network = kind.resolve(format, settings)[0]
     choices = []
     for rank, bond in zip(network.ranks, network.bonds, strict=True):
-        unit = 1 if rank < 12 else 4 if rank <= 64 else 8
-        most = network.rank_limit(bond) - 1
-        below = rank - rank % unit
-        near = [value for value in (below, below + unit, below + 2 * unit) if value <= most]
-        choices.append([rank] if unit == 1 else near or [most - most % unit])
+        most, step = network.rank_limit(bond) - 1, unit(rank)
+        below = rank - rank % step
+        near = [value for value in range(below, min(below + 2 * step, most) + 1, step) if value % unit(value) == 0]
+        choices.append([rank] if step == 1 else near or [most - most % unit(most)])
 
     def distance(ranks: tuple[int, ...]) -> float:
         return abs(share(kind, settings, network.with_ranks(ranks), rows) - wanted)
 
     best = min(itertools.product(*choices), key=distance)
     return replace(format, rank=best if len(best) > 1 else best[0])
+
+
+def unit(rank: int) -> int:
+    """What a rank of about this size is a multiple of where speed counts: 4 up to 32, 8 above, 1 below 12.
+
+    BLAS is measurably faster there; below 12 such a step would be too large a part of the rank.
+    """
+    return 1 if rank < 12 else 4 if rank < 32 else 8
 
 
 def label(format: Format) -> str:

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from common import write
+from memory import peak_bytes
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from tensorlayers import CP, TT, FactorizedEmbedding, LowRank, Tucker, gather
 from tensorlayers.testing import assert_close
@@ -71,17 +71,10 @@ def least(layers: dict[str, nn.Module], step: Callable[[nn.Module, Tensor], obje
     return best
 
 
-def peak_bytes(layer: nn.Module, step: Callable[[nn.Module, Tensor], object], ids: Tensor) -> int:
+def peak(layer: nn.Module, step: Callable[[nn.Module, Tensor], object], ids: Tensor) -> int:
     """Bytes of the parameters, and the most that one step allocates beside them."""
     layer.zero_grad()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = step(layer, ids)
-    del result
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    alive = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        most = max(most, alive)
+    most = peak_bytes(lambda: step(layer, ids))
     layer.zero_grad()
     return most + sum(parameter.nbytes for parameter in layer.parameters())
 
@@ -92,7 +85,7 @@ def measure(repeats: int) -> list[dict[str, Any]]:
     layers: dict[str, nn.Module] = {"nn.Embedding": nn.Embedding(ROWS, COLUMNS)}
     layers.update((str(format), make(format)) for format in FORMATS)
     ids = batches(False, 1)[0]
-    peaks = {name: (peak_bytes(m, forward, ids), peak_bytes(m, training, ids)) for name, m in layers.items()}
+    peaks = {name: (peak(m, forward, ids), peak(m, training, ids)) for name, m in layers.items()}
     times = {
         "forward": least(layers, forward, False, repeats),
         "zipf": least(layers, forward, True, repeats),
@@ -118,7 +111,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=50)
     arguments = parser.parse_args()
     table = measure(arguments.repeats)
-    distinct = [len(ids.unique()) for ids in batches(True)]
+    distinct = [len(set(ids.tolist())) for ids in batches(True)]
     print(f"{ROWS:,} x {COLUMNS}, {IDS} ids; of a Zipf batch about {sum(distinct) // len(distinct)} are distinct")
     print(f"{'':24}{'':>10}{'peak memory, x less':>24}{'time of dense':>30}")
     heads = ("parameters", "forward", "training", "forward", "Zipf", "training")

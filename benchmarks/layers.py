@@ -20,17 +20,15 @@ from tensorlayers import (
     KernelError,
     LowRank,
     Tucker,
-    contraction,
     dispatch,
     explain,
 )
-from tensorlayers.layers import FactorizedLayer
 
 SHAPES = ((768, 3072), (3072, 768), (1024, 4096))
 BATCHES = (1024, 4096, 1)
 MORE: tuple[Format, ...] = (TT(16), TT(32), TT(48), CP(0.1))
 """Formats of extreme compression at ranks that they are not made for: as much arithmetic as dense, or more."""
-TINY: tuple[Format, ...] = (LowRank(2), TT(2), CP(2), BTT(1), Tucker(2))
+TINY_FORMATS: tuple[Format, ...] = (LowRank(2), TT(2), CP(2), BTT(1), Tucker(2))
 
 
 def run(seconds: float, quick: bool) -> Iterator[list[Row]]:
@@ -44,8 +42,8 @@ def tiny(seconds: float, quick: bool) -> Iterator[list[Row]]:
     """The overhead: a layer so small that nothing else shows (16 -> 10 features, 4 rows; tensorly-torch's issue 35)."""
     torch.manual_seed(0)
     candidates = []
-    for format in TINY:
-        aims = cases.targets(*cases.TINY[type(format)])
+    for format in TINY_FORMATS:
+        aims = cases.targets(*cases.OVERHEAD[type(format)])
         candidates.append(cases.linear(16, 10, format, 4, **aims))
         candidates[-1].bounded = False  # plain products save a little more, and that is faster
     rows = compare("16 -> 10, 4 rows", nn.Linear(16, 10), candidates, torch.randn(4, 16), seconds)
@@ -67,7 +65,8 @@ def measure(in_features: int, out_features: int, rows: int, seconds: float, more
     for extreme in more if rows > 1 else ():
         candidate = cases.linear(in_features, out_features, extreme, rows)
         candidates.append(candidate)
-        if rebuilding(candidate.module, rows) <= cases.SMALL:
+        assert isinstance(candidate.module, FactorizedLinear)
+        if cases.rebuilding(candidate.module, rows) <= cases.REBUILD_SHARE:
             candidate.targets = cases.targets(*cases.REBUILT)
         else:
             others = alternatives(candidate, rows)
@@ -87,13 +86,6 @@ def expect_dense(rows: Sequence[Row]) -> None:
     for row in rows:
         if not row.facts.get("convert_model"):
             row.broken = "convert_model does not leave it dense"
-
-
-def rebuilding(layer: nn.Module, rows: int) -> float:
-    """FLOPs of building the dense weight, of those of the dense product."""
-    assert isinstance(layer, FactorizedLayer)
-    dense = layer.dense_cost(layer.settings_of(layer), rows)
-    return contraction.dense_plan(layer.own_network).flops / dense.flops
 
 
 def alternatives(candidate: Candidate, rows: int) -> list[Candidate]:

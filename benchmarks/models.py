@@ -119,7 +119,18 @@ def converted(model: Model, format: type[Format]) -> Candidate:
         "parameters": plan.parameters[1] / plan.parameters[0],
         "flops": flops(plan, positions),
     }
+    asked = len(chosen)
+    if 2 * len(plan.converted) < asked:  # the model is not at about `cases.MIDDLE` then
+        facts["convert_model"] = f"{choice(plan, asked)}: no target; {plan.advice}"
+        return Candidate(format.__name__, module, check, facts)
     return Candidate(format.__name__, module, check, facts, model.targets)
+
+
+def choice(plan: ConversionPlan, asked: int) -> str:
+    """How many of the layers that it was asked for a plan converts, and how many of these without an estimate."""
+    unknown = sum(entry.converted and entry.seconds(training=True) is None for entry in plan)
+    said = f"converts {len(plan.converted)} of the {asked} layers asked for"
+    return f"{said} ({unknown} without an estimate of their time)" if unknown else said
 
 
 def flops(plan: ConversionPlan, positions: Mapping[str, int]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import warnings
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 import cases
 import torch
 from cases import LOW, MIDDLE
-from compare import Candidate, Figure, Row, compare
+from compare import KINDS, Candidate, Figure, Row, compare
+from report import HEADS
 from torch import Tensor, nn
 
 from tensorlayers import CP, TT, FactorizedLinear, Format, Tucker, from_tltorch
@@ -29,6 +31,7 @@ class Peer:
     without: float = 5.0
 
 
+STORE = 'backward="store"'
 PEERS: dict[type[Format], Peer] = {TT: Peer("blocktt", 3.0), CP: Peer("cp", 1.0), Tucker: Peer("tucker", 1.0)}
 
 
@@ -57,7 +60,7 @@ def run(seconds: float, quick: bool) -> Iterator[list[Row]]:
         for wanted in (MIDDLE,) if quick else (LOW, MIDDLE):
             chosen = {format: cases.at_share(IN, OUT, wanted, format) for format in PEERS}
             least = {format: peer.with_opt_einsum for format, peer in PEERS.items()}
-            yield tensorly_torch(f"about {wanted} of the FLOPs", chosen, least, seconds)
+            yield tensorly_torch(f"about {wanted} of the FLOPs", chosen, least, seconds, storing=True)
         if not quick:
             chosen = {format: format(0.1) for format in PEERS}
             # opt_einsum builds the dense weight here, as we do: all that is left is to be no slower.
@@ -66,7 +69,11 @@ def run(seconds: float, quick: bool) -> Iterator[list[Row]]:
 
 
 def tensorly_torch(
-    what: str, chosen: Mapping[type[Format], Format], least: Mapping[type[Format], float], seconds: float
+    what: str,
+    chosen: Mapping[type[Format], Format],
+    least: Mapping[type[Format], float],
+    seconds: float,
+    storing: bool = False,
 ) -> list[Row]:
     """The rows of layers with the same cores, ours and theirs.
 
@@ -79,20 +86,27 @@ def tensorly_torch(
     least : mapping
         How many times as fast as theirs with opt_einsum ours must be.
     seconds : float
+    storing : bool
+        Whether ours has a second row, with ``backward="store"``: what it costs by default to recompute.
     """
     torch.manual_seed(0)
     dense = nn.Linear(IN, OUT)
     candidates, pairs = [], []
+    least_work: dict[str, float] = {}
     for format, peer in PEERS.items():
         theirs = their_layer(chosen[format], peer.name)
         ours = from_tltorch(theirs)
         assert isinstance(ours, FactorizedLinear)
         name = cases.label(chosen[format])
         candidates.append(Candidate(name, ours, cases.check, cases.facts(ours, dense, ROWS), bounded=False))
+        if storing:
+            candidates.append(Candidate(f"  {name}, {STORE}", stored(ours), cases.check, bounded=False))
         for enabled in (True, False):
             other = f"  tensorly-torch, {'with' if enabled else 'without'} opt_einsum, {peer.name}"
             candidates.append(Candidate(other, WithEinsum(theirs, enabled), same_as(ours), bounded=False))
             pairs.append((name, other, least[format] if enabled else peer.without))
+            if not enabled:
+                least_work[other] = cases.least_work(ours, ROWS)
     title = f"tensorly-torch, {IN} -> {OUT}, {ROWS} rows, {what}"
     found = compare(title, dense, candidates, torch.randn(ROWS, IN), seconds)
     rows = {row.name: row for row in found}
@@ -102,7 +116,43 @@ def tensorly_torch(
             if kind in ours_at and kind in theirs_at:
                 quotient = theirs_at[kind].value / ours_at[kind].value
                 theirs_at[f"{kind}_of_ours"] = Figure(quotient, aim, at_least=True)
+        said = beyond(theirs_at, least_work[other], factor) if other in least_work else ""
+        if said:
+            rows[other].facts["remark"] = said
+    for name, row in rows.items():
+        keeping = rows.get(f"  {name}, {STORE}")
+        if keeping and "saved" in keeping.figures and keeping.figures["saved"] == row.figures.get("saved"):
+            keeping.facts["remark"] = "keeps no more than by default"  # there is too much to keep
     return found
+
+
+def stored(layer: FactorizedLinear) -> FactorizedLinear:
+    """A copy that keeps rank-sized activations for the backward, where it may."""
+    layer = copy.deepcopy(layer)
+    layer.backward = "store"
+    return layer
+
+
+def beyond(theirs: Mapping[str, Figure], work: float, factor: float) -> str:
+    """What of a target no layer of ours can reach: its FLOPs alone, at the dense layer's own rate, take longer.
+
+    Parameters
+    ----------
+    theirs : mapping of str to Figure
+        Their times, as multiples of dense's.
+    work : float
+        Our FLOPs, of dense's.
+    factor : float
+        The target.
+
+    Returns
+    -------
+    str
+        Empty where the arithmetic allows the factor.
+    """
+    most = {HEADS[kind]: theirs[kind].value / work for kind in KINDS if kind in theirs}
+    said = [f"{head} <= {times:.2f} x" for head, times in most.items() if times < factor]
+    return f"{factor:g} x is beyond the arithmetic: at dense's rate {', '.join(said)}" if said else ""
 
 
 def their_layer(format: Format, name: str) -> nn.Module:

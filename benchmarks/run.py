@@ -24,9 +24,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 PARTS = {
@@ -37,21 +39,33 @@ PARTS = {
     "models": ("models", "run"),
     "scaling": ("scaling", "run"),
 }
+PLOTTED = "scaling"
+"""The part that the plots are drawn from."""
 
 
-def parse() -> argparse.Namespace:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, or other words."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help="default: all")
     parser.add_argument("--quick", action="store_true", help="one case of each part, and little time for it")
-    parser.add_argument("--seconds", type=float, help="for each case and direction; default 10, quick 2")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="to time each case and direction for; default 10, with --quick 2"
+    )
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="of the CPU, for torch and BLAS; default 2")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the JSONs and plots go")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     unknown = sorted({*arguments.parts} - {*PARTS, "plots"})
     if unknown:
         parser.error(f"a part is one of {', '.join(PARTS)}, plots; got {', '.join(unknown)}")
-    if "plots" in arguments.parts and not arguments.out:
-        parser.error("plots are drawn from DIR/scaling.json: --out DIR is needed")
+    if arguments.seconds is not None and not 0 < arguments.seconds < math.inf:
+        parser.error(f"--seconds is a number above 0; got {arguments.seconds:g}")
+    if arguments.threads < 1:
+        parser.error(f"--threads is 1 or more; got {arguments.threads}")
+    if "plots" in arguments.parts:
+        if not arguments.out:
+            parser.error(f"plots are drawn from DIR/{PLOTTED}.json: --out DIR is needed")
+        if PLOTTED not in arguments.parts and not (arguments.out / f"{PLOTTED}.json").is_file():
+            parser.error(f"plots are drawn from what the part {PLOTTED} writes: no {PLOTTED}.json in {arguments.out}")
     return arguments
 
 
@@ -71,10 +85,11 @@ def main() -> int:
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
     failed = False
-    print(LEGEND)
-    for part in arguments.parts or PARTS:
-        if part == "plots":
-            continue
+    chosen = arguments.parts or list(PARTS)
+    timed = [part for part in chosen if part != "plots"]
+    if timed:
+        print(LEGEND)
+    for part in timed:
         module, function = PARTS[part]
         rows = []
         for case in getattr(importlib.import_module(module), function)(seconds, arguments.quick):
@@ -84,8 +99,8 @@ def main() -> int:
         failed |= any(row.failed for row in rows)
         if arguments.out:
             write(arguments.out / f"{part}.json", quick=arguments.quick, rows=[row.as_json() for row in rows])
-    if arguments.out and (arguments.out / "scaling.json").exists():
-        importlib.import_module("plots").draw(arguments.out / "scaling.json", arguments.out / "plots")
+    if arguments.out and {PLOTTED, "plots"} & {*chosen}:
+        importlib.import_module("plots").draw(arguments.out / f"{PLOTTED}.json", arguments.out / "plots")
     return int(failed)
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from decimal import ROUND_DOWN, Context
 from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 
 from .entry import ROWS, Entry
-from .errors import TensorlayersError
+from .errors import CostModelError, FormatError, TensorlayersError
 from .formats import Format, available
 from .layers import FactorizedLayer, FactorizedLinear, layer_type
+from .layers.kind import check_sizes, plain
 from .machine import Machine
 from .machine import machine as machine_of
 from .network import Network
@@ -21,8 +23,10 @@ from .tensorize import mode_choices
 
 _ROUGH = 0.1  # of a rank: how far below the largest that pays the one that is named may be
 _SAME = 0.9  # of the parameters: with no fewer than that another network counts as one of the same size
-_TRIED = 2  # modes, and formats, of the fewest MACs whose time is predicted
-_THOROUGH = 6  # the same, of modes, where a user asks for the fastest
+_EVEN = 4  # of a rank that is named: products of odd widths are slower than predicted
+_TRIED = 2  # modes of the fewest MACs whose time is predicted
+_THOROUGH = 6  # the same where a user asks for the fastest
+_DIGITS = Context(prec=3, rounding=ROUND_DOWN)  # of a fraction that is named: it is read, and typed
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class Asked:
     machine : Machine
     training : bool
         Whether a training step is to be no slower, besides a forward.
+    by : str
+        What decides: "time", as predicted; "MACs", where there is no estimate of it; "launches", where the layer is so
+        small that none of its networks pays.
     """
 
     layer: str
@@ -50,15 +57,16 @@ class Asked:
     rows: int
     machine: Machine
     training: bool
+    by: str = "time"
 
     @classmethod
-    def of(cls, entry: Entry, training: bool) -> Asked:
+    def of(cls, entry: Entry, training: bool, by: str) -> Asked:
         """What was asked for a layer that is converted."""
         assert entry.format is not None
         stack = entry.stack[0] if entry.stack else None
         # What the costs do not depend on must not keep equal layers apart.
         settings = tuple(sorted((k, v) for k, v in entry.settings.items() if k != "bias"))
-        return cls(entry.layer, settings, entry.format, stack, entry.rows, entry.work.machine, training)
+        return cls(entry.layer, settings, entry.format, stack, entry.rows, entry.work.machine, training, by)
 
     @cached_property
     def kind(self) -> type[FactorizedLayer]:
@@ -79,24 +87,24 @@ class Asked:
         dense = self.kind.dense_cost(self.sizes, self.rows)
         return self.kind.factorized_cost(_own(network), self.sizes, self.rows).macs / dense.macs
 
-    def time(self, network: Network) -> float:
-        """The predicted time of a network over that of the dense layer, the worse of a forward and a training step.
-
-        Where there is no estimate, MACs instead.
-        """
+    def cost(self, network: Network) -> float:
+        """What decides, of a network over that of the dense layer; of a forward and a training step the slower."""
+        if self.by != "time":
+            return self.macs(network) if self.by == "MACs" else math.inf
         worst = 0.0
         for training in (False, True) if self.training else (False,):
             dense = self.kind.dense_seconds(self.sizes, self.rows, self.machine, training)
             own = self.kind.factorized_seconds(_own(network), self.sizes, self.rows, self.machine, training)
-            if dense is None or own is None:
-                return self.macs(network)
+            assert dense is not None
+            assert own is not None
             worst = max(worst, own / dense)
         return worst
 
     def fraction(self, network: Network) -> float:
-        """The parameters of a network over those of the dense weight, as a rank that gives no more."""
+        """The parameters of a network over those of the dense weight, as a rank of three digits that gives no more."""
         size = math.prod(axis.size for axis in self.kind.axes_of(self.sizes)) * (self.stack or 1)
-        return min(1.0, (network.num_parameters + 0.5) / size)  # half a parameter, against rounding
+        exact = (network.num_parameters + 0.5) / size  # half a parameter, against rounding
+        return min(1.0, float(_DIGITS.create_decimal_from_float(exact)))
 
 
 def _own(network: Network) -> Network:
@@ -114,8 +122,9 @@ def advise(asked: Asked) -> str:
     Returns
     -------
     str
-        The largest rank of this format (within 10 %) that is predicted no slower than dense; its fastest modes, and the
-        fastest other format, at the same parameters, where these are predicted faster than dense.
+        With the largest rank (within 10 %) that is predicted no slower than dense; the fastest modes, and the fastest
+        other format, at the same parameters, where these are predicted faster than dense. Each is a format as Python
+        reads it. Where MACs decide, by fewest MACs.
     """
     return _advise(asked, torch.get_num_threads())
 
@@ -123,41 +132,51 @@ def advise(asked: Asked) -> str:
 @lru_cache(maxsize=1024)
 def _advise(asked: Asked, threads: int) -> str:
     network = asked.network(asked.format)
-    own = asked.time(network)
+    own = asked.cost(network)
     shape = "x".join(str(size) for size in asked.kind.shape_of(asked.sizes))
-    head = f"{asked.format} at {shape}: {asked.macs(network):.2f} x the MACs of dense, {own:.2f} x the time"
+    head = f"{asked.format} at {shape}: {asked.macs(network):.2f} x the MACs of dense"
+    head += f", {own:.2f} x the time" if asked.by == "time" else ""
+    pays = []
     rank = _largest_rank(asked)
-    pays = [f"rank <= {rank}"] if rank else []
-    for formats in (_other_modes, _other_formats):
-        time, format = _fastest(asked, formats(asked)) or (math.inf, asked.format)
-        if time < min(1.0, own):
-            modes = f"in_modes={format.in_modes}, out_modes={format.out_modes}"
-            what = modes if type(format) is type(asked.format) else type(format).__name__
-            pays.append(f"{what} at the same parameters ({time:.2f} x the time)")
+    if rank:
+        format = replace(asked.format, rank=rank)
+        pays.append(f"up to {format} ({asked.cost(asked.network(format)):.2f} x the {asked.by})")
+    for found in (_fastest(asked, _other_modes(asked), _TRIED), _fastest(asked, _other_formats(asked))):
+        if found is not None and found[0] < min(1.0, own):
+            pays.append(f"{found[1]} ({found[0]:.2f} x the {asked.by})")
     return f"{head}; pays: {', or '.join(pays)}" if pays else f"{head}; no smaller rank, other modes or format pays"
 
 
 def _largest_rank(asked: Asked) -> int:
-    """The largest rank, the same for all bonds, that is predicted no slower than dense; 0 where there is none."""
+    """The largest rank, the same for all bonds, that is predicted no slower than dense; 0 where there is none.
 
-    def time(rank: int) -> float:
-        return asked.time(asked.network(replace(asked.format, rank=rank)))
+    From 8 on a multiple of 4, but where only the odd one pays.
+    """
+
+    def cost(rank: int) -> float:
+        return asked.cost(asked.network(replace(asked.format, rank=rank)))
 
     def fewer_macs(rank: int) -> bool:
         return asked.macs(asked.network(replace(asked.format, rank=rank))) <= 1
 
-    network = asked.network(asked.format)
     # Above the rank with the MACs of dense no network is faster: to predict its time is what takes long.
-    low, high = 0, max(network.ranks, default=0)
-    high = _bisected(low, high, fewer_macs) if high and not fewer_macs(high) else high
-    over = time(high) if high else 0.0
+    high = max(asked.network(asked.format).ranks, default=0)
+    found = _searched(_bisected(0, high, fewer_macs) if high and not fewer_macs(high) else high, cost)
+    even = found - found % _EVEN
+    return even if even >= 2 * _EVEN and cost(even) <= 1 else found
+
+
+def _searched(high: int, cost: Callable[[int], float]) -> int:
+    """The largest rank up to `high`, roughly, at a cost of at most 1; 0 where there is none."""
+    low = 0
+    over = cost(high) if high else 0.0
     if over <= 1 or not high:
         return high
     while high - low > max(1, _ROUGH * low):
         # Times are nearly linear in the rank where they are not those of the dense weight, rebuilt.
         guess = round(low + (high - low) * min(0.75, 1 / over))
         guess = min(max(guess, low + 1), high - 1)
-        found = time(guess)
+        found = cost(guess)
         if found <= 1:
             low = guess
         else:
@@ -196,19 +215,21 @@ def _other_formats(asked: Asked) -> Iterator[Format]:
             yield cls(fraction)
 
 
-def _fastest(asked: Asked, formats: Iterable[Format], tried: int = _TRIED) -> tuple[float, Format] | None:
-    """The format that is predicted fastest, among those of the fewest MACs, with its time over that of dense."""
+def _fastest(asked: Asked, formats: Iterable[Format], tried: int | None = None) -> tuple[float, Format] | None:
+    """The format that is predicted fastest, among the `tried` of the fewest MACs, with its cost over that of dense."""
     own = asked.network(asked.format)
-    fitting: dict[float, tuple[Format, Network]] = {}
+    fitting: dict[tuple[float, type[Format]], tuple[Format, Network]] = {}
     for format in formats:
         try:
             network = asked.network(format)
         except TensorlayersError:
             continue  # it cannot be that small, or not of this shape
         if network.num_parameters >= _SAME * own.num_parameters:
-            fitting.setdefault(asked.macs(network), (format, network))  # of modes and their mirror image the first
-    times = [(asked.time(network), format) for _, (format, network) in sorted(fitting.items())[:tried]]
-    return min(times, key=lambda pair: pair[0], default=None)
+            # Of modes and their mirror image, which have the same MACs, the first.
+            fitting.setdefault((asked.macs(network), type(format)), (format, network))
+    fewest = sorted(fitting, key=lambda key: key[0])[:tried]
+    costs = [(asked.cost(network), format) for format, network in map(fitting.__getitem__, fewest)]
+    return min(costs, key=lambda pair: pair[0], default=None)
 
 
 def fastest_modes(
@@ -245,8 +266,12 @@ def fastest_modes(
 
     Raises
     ------
+    NetworkError
+        If a number of features or rows is no integer of at least 1.
+    CostModelError
+        If the machine is none.
     RankError, ModeError, FormatError
-        Where the format does not fit the shape.
+        If the format is none, or does not fit the shape.
 
     Notes
     -----
@@ -261,10 +286,16 @@ def fastest_modes(
     >>> fast.rank, len(fast.in_modes), len(fast.out_modes)
     (0.1, 2, 2)
     """
+    out_features, in_features, rows = plain((out_features, in_features, rows))
+    check_sizes(out_features=out_features, in_features=in_features, rows=rows)
+    if not isinstance(format, Format):
+        raise FormatError(f"format: a format such as TT(0.1); got {format!r}")
+    if not (machine is None or isinstance(machine, Machine)):
+        raise CostModelError(f"machine: a Machine or None; got {machine!r}")
     settings = (("in_features", in_features), ("out_features", out_features))
     asked = Asked(FactorizedLinear.kind, settings, format, None, rows, machine or machine_of("cpu"), training)
     network = asked.network(format)
     found = _fastest(asked, _other_modes(asked), _THOROUGH)
-    if found is not None and found[0] < asked.time(network):
+    if found is not None and found[0] < asked.cost(network):
         return found[1]
     return replace(format, in_modes=network.mode_sizes("in"), out_modes=network.mode_sizes("out"))

@@ -8,6 +8,7 @@ operators; their Python loops over chunks are then never seen.
 
 from __future__ import annotations
 
+import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -122,8 +123,21 @@ def _(
 
 
 def is_traced() -> bool:
-    """Whether the loops of a product must not be seen: dynamo traces, or torch.func transforms."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether the loops of a product must not be seen: dynamo or make_fx traces, or torch.func transforms."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
+
+
+def _is_functionalized() -> bool:
+    """Whether torch.func.functionalize is among the transforms: it takes no autograd.Function."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    functorch = torch._C._functorch
+    stack = functorch.get_interpreter_stack() or ()
+    return any(level.key() == functorch.TransformType.Functionalize for level in stack)
 
 
 def is_jit_traced() -> bool:
@@ -244,6 +258,12 @@ class _Gradients(torch.autograd.Function):
         return tuple(torch.zeros_like(t) if total is None else total for total, t, is_needed in pairs if is_needed)
 
 
+# Found once, and not by each `apply`: that takes as long as a small product.
+_forward: Any
+for _forward in (_Product.forward, _Gradients.forward):
+    _forward.__signature__ = inspect.signature(_forward)
+
+
 # torch.compile does not trace a Function that has a `jvp`; where it traces, nothing asks for one.
 class _ForwardProduct(_Product):
     @staticmethod
@@ -285,12 +305,13 @@ def _gradients_of(
 ) -> list[Tensor | None]:
     if not any(needs):
         return [None] * len(needs)
-    if torch.compiler.is_compiling():  # what is compiled is differentiated once
-        traced = iter(_run_gradients(dy, x, cores, spec, needs))
-        return [next(traced) if is_needed else None for is_needed in needs]
-    # As text: torch.func takes a tuple among the arguments apart.
-    written = "".join("01"[is_needed] for is_needed in needs)
-    found = iter(_Gradients.apply(spec, written, dy, x, *cores))  # type: ignore[no-untyped-call]
+    # What is compiled is differentiated once.
+    if torch.compiler.is_compiling() or not _is_differentiated(dy, x, *cores):
+        found = iter(_run_gradients(dy, x, cores, spec, needs))
+    else:
+        # As text: torch.func takes a tuple among the arguments apart.
+        written = "".join("01"[is_needed] for is_needed in needs)
+        found = iter(_Gradients.apply(spec, written, dy, x, *cores))  # type: ignore[no-untyped-call]
     return [next(found) if is_needed else None for is_needed in needs]
 
 
@@ -319,11 +340,14 @@ def product(
     """
     if torch.compiler.is_compiling():
         function: type[_Product] = _Product
+    elif _is_functionalized():
+        y = built(spec).plain(x, cores)
+        return y if bias is None else y + bias.view(-1, *(1 for _ in y.shape[2:]))
     else:
         function = _ForwardProduct
     if _is_differentiated(x, bias, *cores):
-        y: Tensor = function.apply(spec, x, bias, *cores)  # type: ignore[no-untyped-call]
-        return y
+        found: Tensor = function.apply(spec, x, bias, *cores)  # type: ignore[no-untyped-call]
+        return found
     return _run(x, cores, bias, spec)
 
 

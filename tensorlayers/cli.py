@@ -153,6 +153,7 @@ def _choice(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _plan(arguments: argparse.Namespace) -> None:
     choice = _choice(arguments)
+    machine.read_measured()  # what a forward only warns of
     model = hub.load_model(arguments.model)
     plan = plan_conversion(model, **choice, errors=not arguments.no_errors)
     print(plan)
@@ -163,6 +164,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _convert(arguments: argparse.Namespace) -> None:
     choice = _choice(arguments)
+    machine.read_measured()
     given = _given_plan(arguments) if arguments.plan else None
     model = hub.load_model(arguments.model)
     plan = given or plan_conversion(model, **choice, errors=False)
@@ -200,8 +202,11 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    used = machine.measured() / f"{arguments.device}.json"
+    directory = machine.measured()
+    used = directory and directory / f"{arguments.device}.json"
     path = arguments.out or used
+    if path is None:
+        raise TensorlayersError(f"there is no home directory: pass --out FILE, or name one in {machine.VARIABLE}")
     if path.is_dir():
         raise TensorlayersError(f"{path}: it is a directory")
     path.parent.mkdir(parents=True, exist_ok=True)  # before the work, since it may fail
@@ -212,11 +217,13 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     for name in {**before.constants(), **now.constants()}:
         rows.append((name, _number(now.constants().get(name)), _number(before.constants().get(name))))
     print("\n".join(table.lines(("FLOP/s, bytes/s, bytes", "measured", "shipped"), rows)))
+    if found.kept:
+        print(f"as shipped, since the times do not tell: {', '.join(found.kept)}")
     print(f"matrix products take what these predict within {found.error:.0%} (median)")
     if path == used:
         print(f"saved to {path}, used from now on; delete it to return to the shipped constants")
     else:
-        print(f"saved to {path}; used in a directory that {machine.VARIABLE} names, as {used.name}")
+        print(f"saved to {path}; used in a directory that {machine.VARIABLE} names, as {arguments.device}.json")
 
 
 def _number(value: float | None) -> str:

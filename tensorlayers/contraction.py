@@ -293,11 +293,11 @@ def execute(plan: Plan, operands: Sequence[Tensor]) -> Tensor:
             return torch.einsum(step.equation, live[0])
         right = live.pop(step.right)
         left = live.pop(step.left)
-        live.append(_pair(step, left, right))
+        live.append(pair(step, left, right))
     return live[0]
 
 
-def _pair(step: Step, left: Tensor, right: Tensor) -> Tensor:
+def pair(step: Step, left: Tensor, right: Tensor) -> Tensor:
     """One step of a plan. A product that sums nothing (Kronecker, Khatri-Rao) is an elementwise one, and faster so."""
     if not step.is_product:
         return torch.einsum(step.equation, left, right)

@@ -10,18 +10,18 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from . import contraction
-from .conv_maps import Window, convolve_back, is_last, mix_back, permuted_back
+from . import adjoint
+from .conv_maps import Window, convolve_back, is_last, mix_back, permuted_back, with_channels, with_layout
 from .convolution import ConvPlan, Step, apply, convolved, enter, leave, weight_of
 from .precision import at_least_single
 
 _BYTES = 2**21
-"""Less is not worth to be taken in parts."""
+"""Less than this is not worth taking in parts."""
 
 
 def forward(
     plan: ConvPlan,
-    x: Tensor,  # (batch, group and in modes joined, *spatial)
+    x: Tensor,  # (batch, channels, *spatial)
     cores: Sequence[Tensor],
     window: Window,
     bias: Tensor | None = None,  # (group and out modes joined,)
@@ -46,7 +46,7 @@ def forward(
 def gradients(
     plan: ConvPlan,
     dy: Tensor,  # (batch, group and out modes joined, *spatial')
-    x: Tensor,  # (batch, group and in modes joined, *spatial)
+    x: Tensor,  # (batch, channels, *spatial)
     cores: Sequence[Tensor],
     window: Window,
     needs: Sequence[bool],  # of x, then of each core
@@ -76,14 +76,19 @@ def gradients(
         return found
     weights = [weight_of(step, cores) for step in plan.steps]
     wanted = [any(needs[1 + k] for k in step.cores) for step in plan.steps]
-    dx = _empty(x, x.shape, is_last(x)) if needs[0] else None
+    chunk = chunk or samples(plan, x, window, training=True)
+    dx = _empty(x, x.shape, is_last(x)) if needs[0] and chunk < x.shape[0] else None
     sums: list[Tensor | None] = [None] * len(weights)
-    for part in _parts(x, chunk or samples(plan, x, window, training=True)):
+    for part in _parts(x, chunk):
         gradient, given = (value if is_last(value) else value.contiguous() for value in (dy[part], x[part]))
         inputs = _inputs(plan, given, weights, window, wanted)
         gradient = _backward(plan, gradient, inputs, weights, window, (needs[0], wanted), sums)
+        if needs[0]:
+            gradient = with_channels(gradient, plan.groups, x.shape[1] // plan.groups)
         if dx is not None:
             dx[part] = gradient
+        elif needs[0]:
+            dx = with_layout(gradient, is_last(x))
     found[0] = dx
     for step, weight, total in zip(plan.steps, weights, sums, strict=True):
         if total is not None:
@@ -108,17 +113,36 @@ def samples(plan: ConvPlan, x: Tensor, window: Window, training: bool = False) -
         Whether for the gradients: what lies between the steps and its gradients are held together then.
     """
     sizes = [math.prod(shape) for shape in _shapes(plan, x, window)]
-    between = sum(sizes[1:-1]) + sum(sizes[k] for k, step in enumerate(plan.steps) if step.reorder)
-    needed = between * (2 if training else 1) + max(sizes[0], sizes[-1])
-    allowed = plan.dense * (2 if training else 1)
-    if not is_last(x) or x.device.type != "cpu":
-        allowed += x.shape[0] * (sizes[0] + sizes[-1])
-    return max(1, max(allowed, _BYTES // x.element_size()) // needed)
+    batch, given = x.shape[0], math.prod(x.shape[1:])
+    ends, filled = given + sizes[-1], sizes[0] if given < sizes[0] else 0
+    has_copies = not is_last(x) or x.device.type != "cpu"
+    least = _BYTES // x.element_size()
+    if not training:
+        reordered = sum(sizes[k] for k, step in enumerate(plan.steps) if step.reorder)
+        needed = filled + sum(sizes[1:-1]) + reordered + max(sizes)
+        return max(1, max(plan.dense + (batch * ends if has_copies else 0), least) // needed)
+    needed = filled + _for_gradients(plan, sizes, has_copies)
+    allowed = 2 * plan.dense + (batch * ends if has_copies else 0)
+    if batch * needed <= max(allowed, least) + batch * given:  # the gradient of x is then that of the only part
+        return max(batch, 1)
+    return max(1, max(allowed, least) // needed)
+
+
+def _for_gradients(plan: ConvPlan, sizes: Sequence[int], has_copies: bool) -> int:
+    """The most elements of a sample that are held at once while the steps are walked backwards."""
+    most, held, last = 0, 0, len(plan.steps) - 1
+    for k, step in enumerate(plan.steps):
+        held += sizes[k] if k or step.reorder else 0
+        ahead = sizes[k + 1] if k < last or plan.reorder else 0
+        copies = sizes[k] + sizes[k + 1] if has_copies and not step.mixes else 0
+        most = max(most, held + ahead + sizes[k] + copies)
+    return most
 
 
 def between(plan: ConvPlan, x: Tensor, window: Window) -> int:
-    """Elements of all that lies between the steps."""
-    return x.shape[0] * sum(math.prod(shape) for shape in _shapes(plan, x, window)[1:-1])
+    """Elements that lie between the steps, and those of the zeros that the channels are filled up with."""
+    first, *inner, _ = (math.prod(shape) for shape in _shapes(plan, x, window))
+    return x.shape[0] * (first - math.prod(x.shape[1:]) + sum(inner))
 
 
 def _parts(x: Tensor, chunk: int) -> Iterator[slice]:
@@ -148,6 +172,8 @@ def _inputs(
     inputs = []
     last = max((k for k, is_wanted in enumerate(wanted) if is_wanted), default=-1)
     batch, layout = x.shape[0], is_last(x)
+    if last >= 0:
+        x = with_channels(x, plan.groups, plan.channels)
     for k, (step, shape) in enumerate(zip(plan.steps, _shapes(plan, x, window), strict=False)):
         if k > last:
             inputs.append(_empty(x, (batch * shape[0], *shape[1:]), layout or step.uneven))
@@ -161,7 +187,7 @@ def _inputs(
 def _backward(
     plan: ConvPlan,
     gradient: Tensor,
-    inputs: Sequence[Tensor],
+    inputs: list[Tensor],  # is emptied
     weights: Sequence[Tensor],
     window: Window,
     needs: tuple[bool, Sequence[bool]],  # of x, and of the weight of each step
@@ -171,7 +197,7 @@ def _backward(
     if plan.reorder:
         gradient = permuted_back(gradient, plan.sizes, plan.reorder)
     for k in range(len(plan.steps) - 1, -1, -1):
-        step, x, weight = plan.steps[k], inputs[k], weights[k]
+        step, x, weight = plan.steps[k], inputs.pop(), weights[k]
         if step.lead:
             gradient = gradient.reshape(x.shape[0], gradient.shape[1] // step.counts[0], *gradient.shape[2:])
         both = (needs[0] or any(needs[1][:k]), needs[1][k])
@@ -201,8 +227,8 @@ def _core_gradients(
     if merge is None:
         yield first, total.contiguous()
         return
-    for k, names in zip(step.cores, merge.terms, strict=True):
-        if needs[1 + k]:
-            others = [(term, cores[other]) for term, other in zip(merge.terms, step.cores, strict=True) if other != k]
-            adjoint = contraction.plan((merge.output, *(term for term, _ in others)), names, merge.sizes)
-            yield k, contraction.execute(adjoint, (total, *(core for _, core in others))).contiguous()
+    wanted = [needs[1 + k] for k in step.cores]
+    found = adjoint.gradients(merge, [cores[k] for k in step.cores], total, wanted)
+    for k, gradient in zip(step.cores, found, strict=True):
+        if gradient is not None:
+            yield k, gradient.contiguous()

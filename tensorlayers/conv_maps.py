@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,31 @@ class Window:
                 found.append((length + sum(self.padding[d]) - reach) // self.stride[d] + 1)
         return tuple(found)
 
+    def reaching(self, lengths: Sequence[int], wanted: Sequence[int]) -> Window:
+        """This window, transposed, with the output padding that gives an output of the sizes `wanted`.
+
+        Parameters
+        ----------
+        lengths : sequence of int
+            The spatial sizes of the input.
+        wanted : sequence of int
+            Among those that the stride leaves open.
+
+        Raises
+        ------
+        ValueError
+            As torch's, if there is no such output padding.
+        """
+        count = len(self.stride)
+        if len(wanted) != count:
+            raise ValueError(f"output_size {tuple(wanted)}: {count} sizes, or those of the whole output")
+        least = replace(self, output_padding=(0,) * count).lengths(lengths)
+        for d, (first, size) in enumerate(zip(least, wanted, strict=True)):
+            most = first + self.stride[d] - 1
+            if not first <= size <= most:
+                raise ValueError(f"output_size {tuple(wanted)}: dimension {d} is from {first} to {most}; got {size}")
+        return replace(self, output_padding=tuple(size - first for first, size in zip(least, wanted, strict=True)))
+
 
 def is_last(x: Tensor) -> bool:
     """Whether the channels are the innermost dimension in memory (torch's channels-last), and more than one."""
@@ -85,12 +111,40 @@ def is_last(x: Tensor) -> bool:
 
 def with_layout(x: Tensor, last: bool) -> Tensor:
     """The tensor with its channels innermost in memory, or contiguous; a copy only where it is not so."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if last and x.dim() > 3 else x.contiguous()
+    if not last or x.dim() < 4:
+        return x.contiguous()
+    if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():  # no view: see `_Picked`
+        return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)  # vmap has no other way
+
+
+class _Picked(torch.autograd.Function):
+    """Channels in another order by one operator that is no view, whose gradient is the same operator.
+
+    Inductor's layouts, on the CPU, fail on a view of four dimensions that a convolution keeps for its gradient where
+    a graph leaves its sizes open.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, positions: Tensor, inverse: Tensor) -> Tensor:
+        return x.index_select(1, positions)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return dy.index_select(1, *ctx.saved_tensors), None, None
 
 
 def permuted(x: Tensor, sizes: Sequence[int], order: Sequence[int]) -> Tensor:
     """The same channels, their indices in another order, in the same layout."""
     count = len(sizes)
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        positions = torch.arange(x.shape[1], device=x.device).reshape(*sizes).permute(*order).flatten()
+        picked: Tensor = _Picked.apply(x, positions, positions.argsort())  # type: ignore[no-untyped-call]
+        return picked
     if is_last(x):
         parts = x.movedim(1, -1).reshape(x.shape[0], *x.shape[2:], *sizes)
         first = x.dim() - 1
@@ -103,6 +157,23 @@ def permuted_back(x: Tensor, sizes: Sequence[int], order: Sequence[int]) -> Tens
     """The adjoint of `permuted`, with the same arguments."""
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return permuted(x, [sizes[k] for k in order], inverse)
+
+
+def with_channels(x: Tensor, groups: int, count: int) -> Tensor:
+    """Each group of channels cut to, or filled with zeros to, this many; in the same layout.
+
+    Each of the two is the adjoint of the other.
+    """
+    given = x.shape[1] // groups
+    if given == count:
+        return x
+    parts = torch.split(x, given, 1)
+    if count < given:
+        parts = tuple(part.narrow(1, 0, count) for part in parts)
+    else:
+        zeros = x.new_zeros((x.shape[0], count - given, *x.shape[2:]))
+        parts = tuple(piece for part in parts for piece in (part, zeros))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _pad(x: Tensor, window: Window) -> Tensor:
@@ -175,6 +246,12 @@ def mix(x: Tensor, weight: Tensor, last: bool, bias: Tensor | None = None) -> Te
         Shape (new channels,).
     """
     rows, batch, spatial = x.flatten(2), x.shape[0], x.shape[2:]
+    if torch.compiler.is_compiling():
+        # A matrix product would be seen as a view (see `_Picked`), and the compiler chooses layouts by itself.
+        none = [0] * len(spatial)
+        kernel = weight.reshape(*weight.shape, *(1 for _ in spatial))
+        found: Tensor = torch.convolution(x, kernel, bias, [1] * len(spatial), none, [1] * len(spatial), False, none, 1)
+        return found
     if not last:
         matrices = weight.expand(batch, -1, -1), rows
         y = torch.bmm(*matrices) if bias is None else torch.baddbmm(bias[:, None], *matrices)

@@ -78,11 +78,12 @@ def plan_conversion(
     Raises
     ------
     ConversionError
-        If a key matches nothing, a value is no format, layers that are to share cores are not alike, or rows or device
-        are none.
+        If the model is none, a key matches nothing, a value is no format, layers that are to share cores are not
+        alike, or rows or device are none.
     RankError, ModeError, FormatError
         If a format named for a layer does not fit its shape.
     """
+    _check_model(model)
     work = _work(model, rows, device)
     found = scan(model, fold)
     entries = decide(found, model, formats, share or {}, where, force, work)
@@ -146,11 +147,12 @@ def convert_model(
     Raises
     ------
     ConversionError
-        If the plan does not fit the model, a weight cannot be decomposed, or the optimizer is not the model's; model
-        and optimizer are then unchanged.
+        If the model is none, the plan does not fit it, a weight cannot be decomposed, or the optimizer is not the
+        model's; model and optimizer are then unchanged.
     RankError, ModeError, FormatError
         See `plan_conversion`.
     """
+    _check_model(model)
     if optimizer is not None:
         optimizers.check(optimizer, model)
     if isinstance(formats, ConversionPlan):
@@ -170,9 +172,9 @@ def convert_model(
             rows=rows,
             device=device,
         )
-        if plan.advice:
-            said = (f"{plan.advice}. force=True converts them all the same", plan.alternatives)
-            warnings.warn(". ".join(filter(None, said)), stacklevel=2)
+        if plan.advice or plan.alternatives:
+            dense = f"{plan.advice}. force=True converts them all the same" if plan.advice else ""
+            warnings.warn(". ".join(filter(None, (dense, plan.alternatives))), stacklevel=2)
         asked = [entry for entry in plan if entry.blocked and isinstance(formats, Mapping) and formats.get(entry.name)]
         for entry in asked:
             warnings.warn(f"layer {entry.name!r} stays dense: {entry.reason}", stacklevel=2)
@@ -206,7 +208,13 @@ def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     -------
     nn.Module
         With layers of the kinds that were converted, attention packed again; outputs are the same up to rounding.
+
+    Raises
+    ------
+    ConversionError
+        If the model is none.
     """
+    _check_model(model)
     replacements: dict[int, tuple[nn.Module, nn.Module]] = {}
     packed: dict[int, tuple[nn.Module, nn.Module]] = {}
     for module in model.modules():
@@ -231,7 +239,13 @@ def summarize(model: nn.Module) -> ConversionPlan:
     ConversionPlan
         Prints as a table. `error` is that of the weight when it was decomposed, before any training. Of a frozen
         layer the dense weight counts, beside the cores.
+
+    Raises
+    ------
+    ConversionError
+        If the model is none.
     """
+    _check_model(model)
     entries: dict[str, Entry] = {}
     work = _work(model)
     for layer in scan(model):
@@ -246,6 +260,11 @@ def summarize(model: nn.Module) -> ConversionPlan:
             (size, held), cached = entry.parameters, entry.parameters[0] if entry.frozen else 0
             total += size - (held - cached)
     return ConversionPlan([entries[name] for name in in_order(model, entries)], total, "summary", work)
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"model: an nn.Module; got {type(model).__name__}")
 
 
 def _check(entry: Entry, found: Mapping[str, Found]) -> None:

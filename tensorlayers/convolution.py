@@ -19,8 +19,7 @@ from torch import Tensor
 from . import contraction, conv_cost
 from .contraction import Plan, constant_when_compiled
 from .conv_cost import Convolution
-from .conv_maps import Window as Window
-from .conv_maps import convolve, is_last, mix, permuted, with_layout
+from .conv_maps import Window, convolve, is_last, mix, permuted, with_channels, with_layout
 from .conv_search import Search
 from .cost import Cost, volume
 from .machine import Machine
@@ -99,6 +98,8 @@ class ConvPlan:
     steps : tuple of Step
     sizes, reorder : tuple of int
         As of a `Step`: how the channels that the last one leaves come in the order of the group and out modes.
+    groups, channels : int
+        What the group modes hold, and the in modes: the channels of the input are filled up to these with zeros.
     dense : int
         Elements of the dense kernel.
     positions : int
@@ -108,6 +109,8 @@ class ConvPlan:
     steps: tuple[Step, ...]
     sizes: tuple[int, ...]
     reorder: tuple[int, ...]
+    groups: int
+    channels: int
     dense: int
     positions: int
 
@@ -185,7 +188,15 @@ def conv_plan(
         order, done, last = steps[-1].result, done | cores, last or work.mixes or work.uneven
     wanted = (*network.names("group"), *network.names("out"))
     sizes = tuple(network.size[index] for index in order)
-    return ConvPlan(tuple(steps), sizes, _permutation(order, wanted), math.prod(network.shape), positions)
+    return ConvPlan(
+        steps=tuple(steps),
+        sizes=sizes,
+        reorder=_permutation(order, wanted),
+        groups=network.features("group"),
+        channels=network.features("in"),
+        dense=math.prod(network.shape),
+        positions=positions,
+    )
 
 
 def _permutation(order: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[int, ...]:
@@ -279,14 +290,14 @@ def enter(step: Step, x: Tensor) -> Tensor:
     """The input of a step as its convolution takes it: the channels in order, the leading indices a batch."""
     if step.reorder:
         x = permuted(x, step.sizes, step.reorder)
-    if step.lead:
+    if step.lead and not torch.compiler.is_compiling():
         return x.reshape(x.shape[0] * step.counts[0], step.counts[2], *x.shape[2:])
     return with_layout(x, True) if step.uneven and x.device.type == "cpu" else x
 
 
 def leave(step: Step, x: Tensor) -> Tensor:
     """The result of a step's convolution, the leading indices among the channels again."""
-    if not step.lead:
+    if not step.lead or torch.compiler.is_compiling():
         return x
     return x.reshape(x.shape[0] // step.counts[0], step.counts[0] * x.shape[1], *x.shape[2:])
 
@@ -296,6 +307,10 @@ def apply(
 ) -> Tensor:
     """The convolution of a step on what `enter` gave; `last`: the layout wanted of the plan's result."""
     step = plan.steps[position]
+    if step.lead and torch.compiler.is_compiling():
+        # Groups with the same weight, and not a batch: see `conv_maps._Picked`.
+        weight = weight.repeat(step.counts[0], *(1 for _ in weight.shape[1:]))
+        return convolve(x, weight, window.along(step.dims), step.counts[0] * step.counts[1], bias)
     if not step.mixes:
         return convolve(x, weight, window.along(step.dims), step.counts[1], bias)
     if position + 1 < len(plan.steps):
@@ -307,7 +322,7 @@ def apply(
 
 def execute(
     plan: ConvPlan,
-    x: Tensor,  # (batch, group and in modes joined, *spatial)
+    x: Tensor,  # (batch, channels, *spatial): in each group at most what the in modes hold
     cores: Sequence[Tensor],  # those of the network
     window: Window,
     bias: Tensor | None = None,  # (group and out modes joined,)
@@ -326,6 +341,7 @@ def convolved(
     """`execute` on the weights of the steps; the bias in the dtype of `x`."""
     last, ending = is_last(x), plan.steps[-1]
     early = None if ending.lead or plan.reorder else bias
+    x = with_channels(x, plan.groups, plan.channels)
     for position, (step, weight) in enumerate(zip(plan.steps, weights, strict=True)):
         added = early if step is ending else None
         x = leave(step, apply(plan, position, enter(step, x), weight, window, last, added))

@@ -102,19 +102,19 @@ def _economical(entries: Sequence[Entry], training: bool) -> list[Entry]:
     dense, factorized = (sum(entry.macs[side] for entry in entries) for side in (0, 1))
     if not dense:
         return list(entries)  # lookups, which were named for their memory
-    time, what = _predicted(entries, training)
-    macs = f"{factorized / dense:.2f} x the MACs"
-    if not what and entries[0].rows == ROWS and 0 < entries[0].parameters[0] < TINY:
-        weights = f"{entries[0].parameters[0]} weights"
-        time, reason = math.inf, f"predicted slower: {weights} are less work than to launch two operations ({macs})"
-    elif not what:  # no estimate: MACs decide
-        time, reason = factorized / dense, f"predicted slower: {macs}"
-    else:
-        reason = f"predicted slower: {time:.2f} x the time of a {what} ({macs})"
-    is_slower = time > SLOWER
+    cost, what = _predicted(entries, training)
+    weights, macs = entries[0].parameters[0], f"{factorized / dense:.2f} x the MACs"
+    if what:
+        by, reason = "time", f"{cost:.2f} x the time of a {what} ({macs})"
+    elif entries[0].rows == ROWS and 0 < weights < TINY:
+        by, cost = "launches", math.inf
+        reason = f"{weights} weights are less work than to launch two operations ({macs})"
+    else:  # no estimate
+        by, cost, reason = "MACs", factorized / dense, macs
+    is_slower, reason = cost > SLOWER, f"predicted slower: {reason}"
     if not is_slower and factorized <= dense:
         return list(entries)
-    said = [advise(Asked.of(entry, training)) for entry in entries]
+    said = [advise(Asked.of(entry, training, by)) for entry in entries]
     entries = [entry.dense(reason) for entry in entries] if is_slower else entries
     return [replace(entry, advice=advice) for entry, advice in zip(entries, said, strict=True)]
 

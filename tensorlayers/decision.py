@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -22,6 +22,10 @@ NAMES = ("contraction", "chunks", "merged", "rebuild")
 """The ways that torch's operations make: the cores one by one; that, some rows at a time; after some cores are
 multiplied with each other (the factors of CP to a Khatri-Rao product, those of Tucker to a Kronecker product); or after
 all of them are, to the dense weight."""
+
+MARGIN = 1.12
+"""What a prediction is raised by before it is held against dense's: it is to err to the slow side, since a layer that
+it finds fast is converted."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def _options(network: Network, task: Task, on: Machine, forced: str | None, thre
     found["chunks"] = inside
     missing = {
         "contraction": "",
-        "chunks": f"{task.rows} rows are no more than a chunk",
+        "chunks": "all rows fit into one chunk",
         "merged": "no cores that are worth multiplying with each other",
         "rebuild": "a single core is the dense weight itself",
     }
@@ -87,7 +91,7 @@ def _options(network: Network, task: Task, on: Machine, forced: str | None, thre
     listed = []
     for name, candidate in found.items():
         if candidate is None:
-            refusal = missing[name]
+            refusal = missing[name] + (f"; {forced!r} is demanded in vain" if name == forced else "")
         elif name == chosen:
             refusal = ""
         elif forced in existing:
@@ -148,22 +152,30 @@ def training_seconds(network: Network, rows: int, on: Machine, dtype: str = "flo
     return sum(predicted(network, task, on) for task in (ahead, back)) + on.function
 
 
+def cautious_seconds(network: Network, rows: int, on: Machine, *, training: bool, itemsize: int = 4) -> float:
+    """What plans go by: the predicted seconds of a forward, or of `training_seconds`, raised by `MARGIN`."""
+    if training:
+        return MARGIN * training_seconds(network, rows, on, itemsize=itemsize)
+    return MARGIN * predicted(network, Task(rows, itemsize=itemsize), on)
+
+
 def dense_seconds(
     out_features: int,
     in_features: int,
     rows: int,
     on: Machine,
     *,
-    training: bool,
+    x: bool = False,
+    weight: bool = False,
     dtype: str = "float32",
     itemsize: int = 4,
 ) -> float:
-    """Predicted seconds of a dense linear layer: a forward, or with a backward of all gradients."""
-    shapes: Sequence[tuple[int, int, int]] = ((rows, in_features, out_features),)
-    if training:
-        shapes = (*shapes, (rows, out_features, in_features), (out_features, rows, in_features))
+    """Predicted seconds of a dense linear layer: a forward, and a backward of the gradients that are wanted."""
+    products = [(rows, in_features, out_features)]
+    products += [(rows, out_features, in_features)] * x
+    products += [(out_features, rows, in_features)] * weight
     seconds = 0.0
-    for m, k, n in shapes:
+    for m, k, n in products:
         size = (m * k + k * n + m * n) * itemsize
         rate = on.cached if size <= on.cache else on.memory
         seconds += on.product(1, m, k, n, dtype) + size / rate + on.launch

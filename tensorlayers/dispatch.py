@@ -72,6 +72,9 @@ _LOADED: dict[str, Callable[[Tensor, Network, Sequence[Tensor]], Tensor]] = {}
 _ALLOWED = {"recompute": -1.0, "auto": 0.1, "store": 1.0}
 """What may be kept for backward beside the input, in sizes of the input."""
 
+_STORING = ("contraction", "merged")
+"""The ways that can keep their activations: all rows at once, and not the dense weight."""
+
 _mode = "auto"
 
 
@@ -127,12 +130,13 @@ def chosen_kernel(network: Network, x: Tensor, implementation: str | None) -> st
 
 
 def kernel_refusal(kernel: Kernel, network: Network, device: str, dtype: torch.dtype) -> str | None:
-    """Why a kernel cannot run a product here; None where it can."""
-    if not _triton_present():
-        return "Triton is not installed"
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "on the CPU Triton needs its interpreter"
-    return kernel.refusal(network, device, dtype)
+    """Why a kernel cannot run a product here, of the network before the device; None where it can."""
+    reason = kernel.refusal(network, device, dtype)
+    if reason is None and not _triton_present():
+        reason = "Triton is not installed"
+    if reason is None and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        reason = "on the CPU Triton needs its interpreter"
+    return reason
 
 
 @lru_cache(maxsize=1)
@@ -141,7 +145,7 @@ def _triton_present() -> bool:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether a product of `x` is left to this module: nothing traces, no autocast, no mode of `use_kernels`."""
+    """Whether nothing changes what a product of `x` runs: on the CPU, not traced, no autocast, no `use_kernels`."""
     return (
         _mode == "auto"
         and x.is_cpu
@@ -166,20 +170,26 @@ def _multiply(
             return functional.contract_rows(rows, network, cores, bias)
         return autograd.product(row_product(network, implementation), rows, cores, bias)
     if implementation is None and is_small(network, rows.shape[0]):
-        return small(network).run(rows, cores, bias)
+        return small(network).run(functional.padded(rows, network), cores, bias)
     stored = stored_program(network, rows, implementation, backward) if torch.is_grad_enabled() else None
     if stored is not None:
-        return codegen.compiled(stored)(rows, cores, bias)
+        return codegen.compiled(stored)(functional.padded(rows, network), cores, bias)
     return autograd.product(row_product(network, implementation), rows, cores, bias)
 
 
 def stored_program(network: Network, rows: Tensor, implementation: str | None, backward: str) -> Program | None:
     """What runs as a plain chain, so that its activations are kept for backward; None where they are too many."""
-    if backward == "recompute" or implementation not in (None, "contraction") or not len(rows):
+    if backward == "recompute" or implementation not in (None, *_STORING) or not len(rows):
         return None
-    program = decision.decide(network, decision.task_for(rows), decision.machine_of(rows), "contraction").program
-    fits = program.intermediate * len(rows) + program.copies <= _ALLOWED[backward] * rows.numel()
-    return program if fits else None
+    allowed = _ALLOWED[backward] * len(rows) * network.features("in")
+    fitting = []
+    for option in decision.options(network, decision.task_for(rows), decision.machine_of(rows)):
+        candidate = option.candidate
+        if candidate is not None and option.name in (_STORING if implementation is None else (implementation,)):
+            program = candidate.program
+            if program.intermediate * len(rows) + program.copies + program.merged <= allowed:
+                fitting.append(candidate)
+    return min(fitting, key=lambda candidate: candidate.seconds).program if fitting else None
 
 
 def _is_known_small(rows: Tensor, network: Network) -> bool:
@@ -228,7 +238,7 @@ def linear(
     def product(rows: Tensor, network: Network, cores: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         if kernel is None:
             return _multiply(rows, network, cores, bias, implementation, backward)
-        y = _LOADED[kernel](rows, network, cores)
+        y = _LOADED[kernel](functional.padded(rows, network), network, cores)
         return y if bias is None else y + bias.to(y.dtype)
 
     return functional.linear(x, network, cores, bias, out_features=out_features, product=product)
@@ -256,7 +266,16 @@ def conv(
     backward : {"recompute", "store", "auto"}
         What is kept for backward: `x` alone; what lies between the convolutions too, where it is smaller than `x`; or
         where all together is at most 1.1 times `x`.
+
+    Raises
+    ------
+    NetworkError
+        As `functional.conv`.
+    KernelError
+        If another implementation is demanded.
     """
+    if implementation not in (None, "contraction"):
+        raise KernelError(f"implementation: a convolution has 'contraction' alone; got {implementation!r}")
     x, *cores = cast_for_autocast(x, *cores)
 
     def product(

@@ -158,13 +158,18 @@ class Entry:
         """Whether the layer is factorized."""
         return self.format is not None
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether its time can be predicted: the shape is known, and it is not `SMALL`."""
+        return bool(self.settings) and (self.work.rows != ROWS or self._ungrouped > SMALL)
+
     def seconds(self, *, training: bool) -> tuple[float, float] | None:
         """The predicted time on `rows` rows, before and after, of a forward or of a whole training step.
 
         In seconds; computed when asked for, from the constants of this machine. A training step is a forward and a
         backward of all gradients. None: there is no estimate for this layer, for instance where it is `SMALL`.
         """
-        if not self.settings or (self.work.rows == ROWS and self._ungrouped <= SMALL):
+        if not self.is_timed:
             return None
         layer, rows, machine = layer_type(self.layer), self.rows, self.work.machine
         before = layer.dense_seconds(self.settings, rows, machine, training)

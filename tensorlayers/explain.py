@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from . import decision, dispatch, small, table
-from .cost import Cost
+from .cost import Cost, dense_linear
 from .errors import NetworkError
-from .layers import FactorizedLayer, FactorizedLinear
+from .layers import FactorizedLayer, FactorizedLinear, TensorContraction, TensorRegression
 from .machine import Machine
+from .network import Network
 from .precision import cast_for_autocast
-from .program import Task
+from .program import Candidate, Task
+from .slices import slices
 
-FROZEN, STORED = "dense (frozen)", "contraction (stored)"
+FROZEN, STORED = "dense (frozen)", " (stored)"
+
+Linear = FactorizedLinear | TensorRegression | TensorContraction
+"""The layers that are a linear product, which can be explained."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +32,10 @@ class Row:
     Parameters
     ----------
     name : str
-        One of `dispatch.NAMES`; `FROZEN`, torch's own layer, which is there to compare with too; `STORED`, a plain
-        chain whose activations are kept for backward; or `small.NAME`, a plain chain because the product is small.
+        One of `dispatch.NAMES`; `FROZEN`, torch's own layer, which is there to compare with too; one of these names
+        and `STORED`, a plain chain whose activations are kept for backward; or `small.NAME`, a plain chain because the
+        product is small. The estimate of a plain chain is that of the option it carries out, the most that its
+        gradients take.
     seconds : float or None
         The predicted time at the number of rows given, in seconds; None where there is no estimate.
     cost : Cost or None
@@ -35,6 +44,9 @@ class Row:
         Rows at a time; 0: all.
     refusal : str
         Why it is not taken; empty for the one that is.
+    note : str
+        How it is carried out, of the one that is taken: in slices of a bond, where merged cores would take more memory
+        than the dense weight.
     """
 
     name: str
@@ -42,6 +54,7 @@ class Row:
     cost: Cost | None
     chunk: int
     refusal: str
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,8 @@ class Explanation:
         flops = table.count(row.cost.flops) if row.cost else "-"
         moved = table.count(row.cost.bytes(self.itemsize)) if row.cost else "-"
         rows = str(row.chunk or "all") if row.cost else "-"
-        return row.name, seconds, flops, moved, rows, row.refusal or "<- taken"
+        taken = f"<- taken, {row.note}" if row.note else "<- taken"
+        return row.name, seconds, flops, moved, rows, row.refusal or taken
 
 
 def duration(seconds: float) -> str:
@@ -98,9 +112,10 @@ def explain(layer: FactorizedLayer, x: Tensor, *, training: bool | None = None) 
 
     Parameters
     ----------
-    layer : FactorizedLinear
+    layer : FactorizedLinear, TensorRegression or TensorContraction
     x : Tensor
-        ``(*batch, in_features)``; its shape, dtype, device and requires_grad are used, not its values.
+        ``(*batch, in_features)`` or ``(*batch, *in_shape)``; its shape, dtype, device and requires_grad are used, not
+        its values.
     training : bool, optional
         Whether gradients are explained too. By default where a forward now would record them.
 
@@ -112,9 +127,9 @@ def explain(layer: FactorizedLayer, x: Tensor, *, training: bool | None = None) 
     Raises
     ------
     NetworkError
-        If the layer is no linear layer, or the input does not fit.
+        If the layer is no linear product, or the input does not fit.
     KernelError
-        If a kernel is demanded that does not support the call.
+        If an implementation is demanded that there is not for this network, or a kernel that does not support the call.
 
     Examples
     --------
@@ -124,52 +139,75 @@ def explain(layer: FactorizedLayer, x: Tensor, *, training: bool | None = None) 
     >>> explain(layer, torch.zeros(256, 768)).chosen
     'contraction'
     """
-    if not isinstance(layer, FactorizedLinear):
-        raise NetworkError(f"explain: a FactorizedLinear; got {type(layer).__name__}")
-    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != layer.in_features:
+    if not isinstance(layer, Linear):
+        known = ", ".join(kind.__name__ for kind in get_args(Linear))
+        raise NetworkError(f"explain: linear products, those of {known}; got {type(layer).__name__}")
+    shape = _shape(layer, "in")
+    if not isinstance(x, Tensor) or x.shape[-len(shape) :] != shape:
+        expected = f"dimension is in_features = {shape[0]}" if len(shape) == 1 else f"dimensions are in_shape = {shape}"
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise NetworkError(f"input: a tensor whose last dimension is in_features = {layer.in_features}; got {got}")
+        raise NetworkError(f"input: a tensor whose last {expected}; got {got}")
     given, core = cast_for_autocast(x, layer.cores[0])
     if given.dtype != core.dtype:
         raise NetworkError(f"input: the dtype of the cores, {core.dtype}; got {given.dtype}")
-    network, count = layer.own_network, max(x.numel() // layer.in_features, 1)
+    network, count = layer.own_network, max(x.numel() // math.prod(shape), 1)
     rows = given.new_empty(1, 1).expand(count, network.features("in"))
     needs = x.requires_grad, any(core.requires_grad for core in layer.cores)
     if training is None:
         training = torch.is_grad_enabled() and any(needs)
     task = Task(count, dtype=str(given.dtype).removeprefix("torch."), itemsize=given.dtype.itemsize)
-    of_x, of_cores = needs if any(needs) else (True, True)
+    of_x, of_cores = needs if any(needs) else (True, not layer.frozen)
     taken = _overriding(layer, rows, training)
+    sides = ", ".join(str(side if len(side) > 1 else side[0]) for side in (shape, _shape(layer, "out")))
     title = (
-        f"{type(layer).__name__}({layer.in_features}, {layer.out_features}), {layer.format}, ranks "
-        f"{','.join(map(str, layer.network.ranks)) or '-'}; {count} rows, {task.dtype}, "
-        f"{decision.machine_of(x).name} ({torch.get_num_threads()} threads)"
+        f"{type(layer).__name__}({sides}), {layer.format}, ranks "
+        f"{','.join(map(str, layer.network.ranks)) or '-'}; {_counted(count, 'row')}, {task.dtype}, "
+        f"{decision.machine_of(x).name} ({_counted(torch.get_num_threads(), 'thread')})"
     )
     ahead = _rows(layer, rows, task, taken)
     back = _rows(layer, rows, replace(task, x=of_x, cores=of_cores), taken) if training else ()
     return Explanation(title, ahead, back, task.itemsize)
 
 
-def _rows(layer: FactorizedLinear, rows: Tensor, task: Task, taken: str) -> tuple[Row, ...]:
+def _shape(layer: FactorizedLayer, role: str) -> tuple[int, ...]:
+    return tuple(axis.size for axis in layer.axes if axis.role == role)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _rows(layer: Linear, rows: Tensor, task: Task, taken: str) -> tuple[Row, ...]:
     """The ways to carry out a task; `taken` is what runs in place of the options of `decision`."""
     network, on = layer.own_network, decision.machine_of(rows)
-    found = []
+    found, chain = [], None
     for option in decision.options_for(network, task, on, layer.implementation):
         refusal = option.refusal or (f"{taken} runs" if taken else "")
-        chunk = option.candidate.chunk if option.candidate else 0
-        cost = option.candidate.cost if option.candidate else None
-        found.append(Row(option.name, option.seconds, cost, chunk, refusal))
+        found.append(_row(option.name, option.candidate, refusal, "" if refusal else _note(network, option.candidate)))
+        is_chain = not option.refusal if taken == small.NAME else taken == option.name + STORED
+        chain = option.candidate if is_chain else chain
     for kernel in dispatch.KERNELS:
         reason = dispatch.kernel_refusal(kernel, network, rows.device.type, rows.dtype)
         found.append(Row(kernel.name, None, None, 0, "" if taken == kernel.name else reason or "not chosen"))
-    dense, cost = _dense(layer, task, on)
+    dense, cost = _dense(math.prod(_shape(layer, "out")), math.prod(_shape(layer, "in")), task, on)
     found.append(Row(FROZEN, dense, cost, 0, "" if taken == FROZEN else "the layer is not frozen: see freeze()"))
-    if taken in (small.NAME, STORED):
-        found.append(Row(taken, None, None, 0, ""))
+    if taken == small.NAME or taken.endswith(STORED):
+        found.append(replace(_row(taken, chain, ""), chunk=0))
     return tuple(found)
 
 
-def _overriding(layer: FactorizedLinear, rows: Tensor, training: bool) -> str:
+def _row(name: str, candidate: Candidate | None, refusal: str, note: str = "") -> Row:
+    if candidate is None:
+        return Row(name, None, None, 0, refusal)
+    return Row(name, candidate.seconds, candidate.cost, candidate.chunk, refusal, note)
+
+
+def _note(network: Network, candidate: Candidate | None) -> str:
+    pieces = slices(network, candidate.program) if candidate is not None else ()
+    return f"in {len(pieces)} slices of bond {pieces[0].bond}" if pieces else ""
+
+
+def _overriding(layer: Linear, rows: Tensor, training: bool) -> str:
     """What runs in place of the options of `decision`; empty where one of these does."""
     network, demanded = layer.own_network, layer.implementation
     if layer.frozen:
@@ -180,15 +218,21 @@ def _overriding(layer: FactorizedLinear, rows: Tensor, training: bool) -> str:
     if small.is_small(network, len(rows)) and demanded is None:
         return small.NAME
     stored = dispatch.stored_program(network, rows, demanded, layer.backward) if training else None
-    return STORED if stored is not None else ""
+    if stored is None:
+        return ""
+    options = decision.options(network, decision.task_for(rows), decision.machine_of(rows))
+    return next(option.name for option in options if option.candidate and option.candidate.program is stored) + STORED
 
 
-def _dense(layer: FactorizedLinear, task: Task, on: Machine) -> tuple[float, Cost]:
-    """The estimate for torch's dense layer."""
+def _dense(out_features: int, in_features: int, task: Task, on: Machine) -> tuple[float, Cost]:
+    """The estimate for torch's dense layer: of the forward, or of the gradients that are wanted."""
 
-    def seconds(training: bool) -> float:
-        sizes = layer.out_features, layer.in_features, task.rows
-        return decision.dense_seconds(*sizes, on, training=training, dtype=task.dtype, itemsize=task.itemsize)
+    def seconds(x: bool, weight: bool) -> float:
+        sizes = out_features, in_features, task.rows
+        return decision.dense_seconds(*sizes, on, x=x, weight=weight, dtype=task.dtype, itemsize=task.itemsize)
 
-    cost = layer.dense_cost(layer.settings_of(layer), task.rows)
-    return (seconds(False), cost) if task.forward else (seconds(True) - seconds(False), cost + cost)
+    cost, forward = dense_linear(out_features, in_features, task.rows), seconds(False, False)
+    if task.forward:
+        return forward, cost
+    # The three products are of the same sizes, each with another of them contracted.
+    return seconds(task.x, task.cores) - forward, sum([cost] * (task.x + task.cores), Cost())

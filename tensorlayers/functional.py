@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import contraction, convolution
-from .conv_maps import Window
+from .conv_maps import Window, is_last, with_channels, with_layout
 from .convolution import ConvPlan
 from .errors import NetworkError
 from .network import Network
@@ -19,15 +18,21 @@ Product = Callable[[Tensor, Network, Sequence[Tensor], Tensor | None], Tensor]
 Convolve = Callable[[ConvPlan, Tensor, Sequence[Tensor], Window, "Tensor | None"], Tensor]
 
 
+def padded(rows: Tensor, network: Network) -> Tensor:
+    """Rows with zeros after their features, as many as the in modes hold more; themselves where that is none."""
+    missing = network.features("in") - rows.shape[1]
+    return F.pad(rows, (0, missing)) if missing else rows
+
+
 def contract_rows(
-    x: Tensor,  # (batch, network.features("in"))
+    x: Tensor,  # (batch, at most network.features("in"))
     network: Network,
     cores: Sequence[Tensor],  # shapes network.core_shapes
     bias: Tensor | None = None,  # (network.features("out"),)
 ) -> Tensor:  # (batch, network.features("out"))
     """Contract rows with the cores, pairwise, in the planned order of their batch class."""
     plan = contraction.linear_plan(network, contraction.batch_class(x.shape[0]))
-    tensor = x.reshape(x.shape[0], *network.mode_sizes("in"))
+    tensor = padded(x, network).reshape(x.shape[0], *network.mode_sizes("in"))
     y = contraction.execute(plan, (tensor, *cores)).reshape(x.shape[0], network.features("out"))
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -58,7 +63,7 @@ def linear(
     out_features : int, optional
         Defaults to the length of the bias, or to ``network.features("out")``.
     product : callable
-        What multiplies the rows and adds the bias, in place of `contract_rows`.
+        What pads and multiplies the rows and adds the bias, in place of `contract_rows`.
 
     Returns
     -------
@@ -78,11 +83,10 @@ def linear(
     if out_features > rows:
         raise NetworkError(f"out_features {out_features}: at most {rows}, what the out modes hold")
     lead = x.shape[:-1]
-    flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[1] < columns:
-        flat = F.pad(flat, (0, columns - flat.shape[1]))
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if out_features == rows:
-        return product(flat, network, cores, bias).reshape(*lead, out_features)
+        y = product(flat, network, cores, bias)
+        return y if x.dim() == 2 else y.reshape(*lead, out_features)
     y = product(flat, network, cores, None)[:, :out_features]
     return (y if bias is None else y + bias.to(y.dtype)).reshape(*lead, out_features)
 
@@ -99,8 +103,8 @@ def conv(
 ) -> Tensor:  # (batch, out_channels, *spatial')
     """Convolve with a factorized kernel without forming it.
 
-    Where the modes are larger than the channels (padding), x is padded with zeros and the result is cut, group by
-    group.
+    Where the modes are larger than the channels (padding), the product fills x up with zeros, and its result is cut,
+    group by group.
 
     Parameters
     ----------
@@ -115,7 +119,7 @@ def conv(
     out_channels : int, optional
         Defaults to the length of the bias, or to what the out modes hold.
     product : callable
-        What carries out the plan, in place of `convolution.execute`.
+        What fills up the channels and carries out the plan, in place of `convolution.execute`.
 
     Returns
     -------
@@ -126,6 +130,8 @@ def conv(
     ------
     NetworkError
         If the modes do not hold the channels, or the groups do not divide them.
+    RuntimeError
+        As torch's, if the output of a sample would be empty.
     """
     groups, columns, rows = (network.features(role) for role in ("group", "in", "out"))
     if out_channels is None:
@@ -133,25 +139,14 @@ def conv(
     for what, count, held in (("in", x.shape[1], columns), ("out", out_channels, rows)):
         if count % groups or count // groups > held:
             raise NetworkError(f"{what}_channels {count}: at most {held} a group of {groups}, what the modes hold")
-    last = channels_last(x)
-    batch, spatial = x.shape[0], x.shape[2:]
-    if x.shape[1] < groups * columns:
-        parts = x.reshape(batch, groups, -1, *spatial)
-        x = F.pad(parts, (*(0 for _ in range(2 * len(spatial))), 0, columns - parts.shape[2])).flatten(1, 2)
-    plan = convolution.plan_for(network, window, batch * math.prod(spatial))
-    whole = out_channels == groups * rows
-    y = product(plan, x, cores, window, bias if whole else None)
-    if not whole:
-        y = y.reshape(batch, groups, rows, *y.shape[2:])[:, :, : out_channels // groups].flatten(1, 2)
-        if bias is not None:
-            y = y + bias.to(y.dtype).view(-1, *(1 for _ in spatial))
-    return y if last is None else y.contiguous(memory_format=last)
-
-
-def channels_last(x: Tensor) -> torch.memory_format | None:
-    """The channels-last format that a tensor is in; None where it is contiguous, or in neither."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    wanted = formats.get(x.dim())
-    if wanted is None or x.is_contiguous() or not x.is_contiguous(memory_format=wanted):
-        return None
-    return wanted
+    lengths = window.lengths(x.shape[2:])
+    # Torch takes no empty positions of a sample, but samples without any, of which there are none.
+    if any(length < 1 for length in lengths) and (x.shape[0] or any(length < 0 for length in lengths)):
+        raise RuntimeError(f"input {tuple(x.shape)}: an output of at least 1 in each dimension; got {lengths}")
+    plan = convolution.plan_for(network, window, x.shape[0] * math.prod(x.shape[2:]))
+    if out_channels == groups * rows:
+        return product(plan, x, cores, window, bias)
+    y = with_channels(product(plan, x, cores, window, None), groups, out_channels // groups)
+    if bias is not None:
+        y = y + bias.to(y.dtype).view(-1, *(1 for _ in lengths))
+    return with_layout(y, is_last(x))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import tempfile
+import uuid
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -19,6 +19,9 @@ from .errors import CostModelError
 SHIPPED = Path(__file__).resolve().parent / "machines"
 VARIABLE = "TENSORLAYERS_MACHINES"
 """The environment variable that names the directory of measured constants; see `measured`."""
+
+_LEAST, _MOST = 1e-30, 1e30  # of a constant: what is computed from such neither overflows nor vanishes
+_MOST_INTEGERS = {"threads": 10**6, "cache": 10**15}
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def read(path: Path) -> Machine:
     Raises
     ------
     CostModelError
-        If it is no JSON object of these fields, or a constant is not a positive number.
+        If it is no JSON object of these fields, or a constant is not a positive number of its type.
     """
     remedy = "delete the file, or run `tensorlayers calibrate` again"
     try:
@@ -111,10 +114,14 @@ def read(path: Path) -> Machine:
     if missing:
         raise CostModelError(f"{path}: {min(missing)} is missing; {remedy}")
     for name, value in constants.items():
-        if not _is_number(value) or not 0 < value < math.inf:
+        if not _is_number(value) or not _LEAST <= value <= _MOST:
             raise CostModelError(f"{path}: every constant is a positive number; {name} is {value!r}; {remedy}")
-    if not isinstance(found.name, str) or not isinstance(found.threads, int) or found.threads < 0:
-        raise CostModelError(f"{path}: name is a text and threads an integer, 0 or more; {remedy}")
+    for name, most in _MOST_INTEGERS.items():
+        value = getattr(found, name)
+        if type(value) is not int or not 0 <= value <= most:
+            raise CostModelError(f"{path}: {name} is an integer, at most {most}; got {value!r}; {remedy}")
+    if not isinstance(found.name, str):
+        raise CostModelError(f"{path}: name is a text; got {found.name!r}; {remedy}")
     return found
 
 
@@ -131,13 +138,13 @@ def write(constants: Machine, path: Path) -> None:
         If it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    # Not by `tempfile`: its files are for one user alone, and these may be shared.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(constants.to_json())
+        temporary.write_text(constants.to_json(), encoding="utf-8")
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink()
+        temporary.unlink(missing_ok=True)
         raise
     machine.cache_clear()
 
@@ -146,33 +153,59 @@ def write(constants: Machine, path: Path) -> None:
 def machine(device: str = "cpu") -> Machine:
     """The constants for a device type ("cpu", "cuda", ...): measured on this machine if they were, else as shipped.
 
-    `tensorlayers calibrate` measures them and says where they are kept. The file is read once a process.
-
-    Raises
-    ------
-    CostModelError
-        If the file is malformed.
+    `tensorlayers calibrate` measures them and says where they are kept. The file is read once a process. One that is
+    malformed, or cannot be read, is not used, and a warning says so: on these constants rests how fast a layer is, not
+    what it gives.
     """
-    for directory in (measured(), SHIPPED):
-        for name in (device, "cuda"):  # other accelerators are more like a GPU than like a CPU
-            if (directory / f"{name}.json").is_file():
-                return read(directory / f"{name}.json")
-            if device == "cpu":
-                break
-    raise CostModelError(f"machine {device!r}: no constants in {SHIPPED}")
+    try:
+        found = read_measured(device)
+    except CostModelError as error:
+        warnings.warn(f"{error}; the shipped constants are used", stacklevel=2)
+        found = None
+    return found or shipped(device)
 
 
 def shipped(device: str) -> Machine:
     """The constants that come with the package for a device type, whatever was measured."""
-    return read(SHIPPED / f"{'cpu' if device == 'cpu' else 'cuda'}.json")
+    return read(SHIPPED / _names(device)[-1])
 
 
-def measured() -> Path:
-    """The directory of measured constants, one JSON file a device type.
+def read_measured(device: str = "cpu") -> Machine | None:
+    """The constants that were measured for a device type; None where there is no file of them.
+
+    Raises
+    ------
+    CostModelError
+        If there is one that is malformed, or cannot be read.
+    """
+    directory = measured()
+    if directory is None:
+        return None
+    for name in _names(device):
+        path = directory / name
+        try:
+            is_there = path.is_file()
+        except OSError:  # a directory that this user may not search
+            is_there = False
+        if is_there:
+            return read(path)
+    return None
+
+
+def _names(device: str) -> tuple[str, ...]:
+    """The files of a device type: other accelerators are more like a GPU than like a CPU."""
+    return ("cpu.json",) if device == "cpu" else tuple(dict.fromkeys((f"{device}.json", "cuda.json")))
+
+
+def measured() -> Path | None:
+    """The directory of measured constants, one JSON file a device type; None where there is no home directory either.
 
     It is the one that the environment variable ``TENSORLAYERS_MACHINES`` names; without one ``~/.cache/tensorlayers``,
     or ``tensorlayers`` in the directory ``XDG_CACHE_HOME``.
     """
     if os.environ.get(VARIABLE):
         return Path(os.environ[VARIABLE])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tensorlayers"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tensorlayers"
+    except RuntimeError:
+        return None

@@ -11,9 +11,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from . import codegen, contraction
+from . import adjoint, codegen, contraction
 from .precision import at_least_single
 from .program import Group, Program, Step
+
+_CHUNK = 256
+"""Rows at a time, of a program for all, whose results are to be added to others."""
 
 
 def prepare(program: Program, cores: Sequence[Tensor]) -> list[Tensor]:
@@ -73,12 +76,14 @@ def forward(
     cores: Sequence[Tensor],
     bias: Tensor | None = None,  # (out features,)
     chunk: int = 0,
+    added: Tensor | None = None,  # (rows, out features)
 ) -> Tensor:  # (rows, out features)
-    """Apply a program to `chunk` rows at a time (0: to all), outside of autograd."""
-    if not chunk or x.shape[0] <= chunk:
+    """Apply a program to `chunk` rows at a time (0: to all), outside of autograd; `added`: to that, in place."""
+    if added is None and (not chunk or x.shape[0] <= chunk):
         return codegen.compiled(program)(x, cores, bias)
+    chunk = chunk or _CHUNK
     matrices = prepare(program, cores)
-    y = x.new_empty(x.shape[0], program.features)
+    y = x.new_empty(x.shape[0], program.features) if added is None else added
     space = _Space(x)
     last = len(program.steps) - 1
     for start in range(0, x.shape[0], chunk):
@@ -86,9 +91,11 @@ def forward(
         for k, (step, core) in enumerate(zip(program.steps, matrices, strict=True)):
             rows = _matrices(step, rows)
             shape = _shape(step, rows, core)
-            direct = k == last and not program.order
+            direct = k == last and not program.order and added is None
             rows = _times(step, rows, core, into.view(shape) if direct else space.take(k, shape))
-        if program.order:
+        if added is not None:
+            into += _result(program, rows)
+        elif program.order:
             into.copy_(_result(program, rows))
         if bias is not None:
             into += bias
@@ -124,6 +131,7 @@ def gradients(
     cores: Sequence[Tensor],
     needs: Sequence[bool],  # of x, then of each core
     chunk: int = 0,
+    added: Tensor | None = None,  # (rows, features)
 ) -> list[Tensor | None]:
     """The gradients of x and of each core; what lies between the steps is computed again, a chunk at a time.
 
@@ -136,6 +144,8 @@ def gradients(
         Which gradients are wanted, of x and of each core; the others are None.
     chunk : int
         Rows at a time; 0: all.
+    added : Tensor, optional
+        What the gradient of x is added to, in place.
 
     Returns
     -------
@@ -144,14 +154,19 @@ def gradients(
     """
     matrices = prepare(program, cores)
     wanted = [any(needs[1 + k] for k in step.group.cores) for step in program.steps]
-    dx = x.new_empty(x.shape) if needs[0] else None
+    dx = None
+    if needs[0]:
+        dx = x.new_empty(x.shape) if added is None else added
     sums: list[Tensor | None] = [None] * len(matrices)
     space = _Space(x)
-    rows = chunk or max(x.shape[0], 1)
+    rows = chunk or (max(x.shape[0], 1) if added is None else _CHUNK)
     for start in range(0, x.shape[0], rows):
         part = slice(start, start + rows)
         inputs = _inputs(program, x[part], matrices, wanted, space)
-        _backward(program, dy[part], inputs, matrices, wanted, sums, None if dx is None else dx[part], space)
+        target = None if dx is None else dx[part] if added is None else space.take("dx", x[part].shape)
+        _backward(program, dy[part], inputs, matrices, wanted, sums, target, space)
+        if added is not None and target is not None:
+            added[part] += target
     found: list[Tensor | None] = [dx] + [None] * len(cores)
     del matrices, space  # a rebuilt weight among them
     for position, step in enumerate(program.steps):
@@ -256,7 +271,8 @@ def _core_gradients(
     if group.merge is None:
         yield group.cores[0], total.contiguous()
         return
-    for k, adjoint in zip(group.cores, group.adjoints, strict=True):
-        if needs[1 + k]:
-            others = [cores[other] for other in group.cores if other != k]
-            yield k, contraction.execute(adjoint, (total, *others)).contiguous()
+    wanted = [needs[1 + k] for k in group.cores]
+    found = adjoint.gradients(group.merge, [cores[k] for k in group.cores], total, wanted)
+    for k, gradient in zip(group.cores, found, strict=True):
+        if gradient is not None:
+            yield k, gradient.contiguous()

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import autograd
 from .errors import CostModelError
 from .machine import Machine, shipped
 from .measure_conv import measure_conv
 from .measure_gemm import Sampling, measure_dtypes, measure_launch, measure_products
+from .network import Mode, Network
+from .products import row_product
 from .timing import Clock, clock_of, fastest, share_of_processors
 
 _KNEE = 1.4  # the time a byte, over the least, up to which an intermediate counts as cached
@@ -63,10 +64,13 @@ class Measurement:
     machine : Machine
     error : float
         The median error of the times that they predict for the products they were fitted to, as a fraction.
+    kept : tuple of str
+        The constants that the times do not tell, by the names of `Machine.constants`: these are the shipped ones.
     """
 
     machine: Machine
     error: float
+    kept: tuple[str, ...] = ()
 
 
 def measure(
@@ -92,7 +96,8 @@ def measure(
     Raises
     ------
     CostModelError
-        If there is no such device, threads are given for another than the CPU, or something else runs.
+        If there is no such device, threads are given for another than the CPU, something else runs, or the times tell
+        no rate.
     """
     if device not in ("cpu", "cuda"):
         raise CostModelError(f"device {device!r}: constants are measured for 'cpu' and 'cuda'")
@@ -135,7 +140,7 @@ def _measure(device: torch.device, clock: Clock | None, repeats: int, count: int
     launch = measure_launch(device, clock, repeats)
     known = shipped(device.type)
     cache = _cache(clock, repeats) if on_cpu else known.cache
-    rates = measure_products(device, clock, repeats, count, sizes.sampling, min(cache, sizes.cached))
+    rates = measure_products(device, clock, repeats, count, sizes.sampling, min(cache, sizes.cached), known)
     machine = Machine(
         name="cpu" if on_cpu else torch.cuda.get_device_name(device),
         threads=torch.get_num_threads() if on_cpu else 0,
@@ -149,7 +154,8 @@ def _measure(device: torch.device, clock: Clock | None, repeats: int, count: int
         function=_function(device, clock, repeats, launch),
         conv=measure_conv(clock, repeats) if on_cpu else known.conv,
     )
-    return Measurement(replace(machine, flops=measure_dtypes(device, clock, repeats, machine, sizes.side)), rates.error)
+    flops = measure_dtypes(device, clock, repeats, machine, sizes.side)
+    return Measurement(replace(machine, flops=flops), rates.error, rates.kept)
 
 
 def _memory(device: torch.device, clock: Clock, repeats: int, elements: int) -> float:
@@ -192,38 +198,22 @@ def _cache(clock: Clock, repeats: int) -> int:
 # -- a custom autograd function ---------------------------------------------------------------------------------------
 
 
-class _Plain(autograd.Multilinear):
-    """One matrix product, as an operation of torch does it."""
-
-    def shape(self, x: Any) -> tuple[int, ...]:
-        return tuple(x)
-
-    def forward(self, x: Tensor, cores: Any, bias: Tensor | None) -> Tensor:
-        return self.plain(x, cores)
-
-    def gradients(self, dy: Tensor, x: Tensor, cores: Any, needs: Any) -> list[Tensor | None]:
-        return [torch.mm(dy, cores[0].t()), torch.mm(x.t(), dy)]
-
-    def plain(self, x: Tensor, cores: Any) -> Tensor:
-        return torch.mm(x, cores[0])
-
-
-autograd.register("measured", _Plain)
-
-
 def _function(device: torch.device, clock: Clock, repeats: int, launch: float) -> float:
-    """Seconds that forward and backward take more as a custom function than as an operation of torch."""
-    x, core = (torch.ones(8, 8, device=device, requires_grad=True) for _ in range(2))
-    dy, spec = torch.ones(8, 8, device=device), autograd.describe("measured")
+    """Seconds that forward and backward take as an autograd function more than their arithmetic by itself."""
+    network = Network((("o1", "r"), ("r", "i1")), (("r", 4),), (Mode("o1", 8, "out"), Mode("i1", 8, "in")))
+    spec = row_product(network)
+    product = autograd.built(spec)
+    x, *cores = (torch.ones(shape, device=device, requires_grad=True) for shape in ((8, 8), *network.core_shapes))
+    dy = torch.ones(8, 8, device=device)
 
     @torch.enable_grad()
-    def plain() -> object:
-        return torch.autograd.grad(torch.mm(x, core), (x, core), dy)
+    def whole() -> object:
+        return torch.autograd.grad(autograd.product(spec, x, cores), (x, *cores), dy)
 
-    @torch.enable_grad()
-    def custom() -> object:
-        return torch.autograd.grad(autograd.product(spec, x, [core]), (x, core), dy)
+    @torch.no_grad()
+    def parts() -> object:
+        return product.forward(x, cores, None), product.gradients(dy, x, cores, [True] * 3)
 
-    cases = {"plain": plain, "custom": custom}
+    cases = {"whole": whole, "parts": parts}
     times = fastest(cases, clock, repeats, dict.fromkeys(cases, _CALLS))
-    return max(times["custom"] - times["plain"], launch)
+    return max(times["whole"] - times["parts"], launch)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .errors import CostModelError
 from .machine import Machine, product_seconds
 from .timing import Clock, fastest
 
@@ -23,6 +24,8 @@ _CALLS = 100
 
 # Bounds of what is fitted: (least, most).
 _BOUNDS = {"flops": (1e8, 1e16), "m": (0.1, 1e3), "k": (0.1, 1e3), "n": (0.1, 1e3), "cached": (1e8, 1e14)}
+_SIZES = "mkn"  # of `half`; at its least one makes no difference, which is a result
+_AT_BOUND = 2.0  # a factor: next to a bound the search may stop, since nothing changes there
 _OUTLIER = 0.2  # the error, as a fraction of the time, from which a product counts less
 
 
@@ -92,12 +95,15 @@ class Rates:
         As in `Machine`, of float32.
     error : float
         The median of the error of a prediction, as a fraction of the time.
+    kept : tuple of str
+        The constants that the times do not tell, and that are those of the machine known before: "cached", "half.m".
     """
 
     flops: float
     half: Mapping[str, float]
     cached: float
     error: float
+    kept: tuple[str, ...] = ()
 
 
 _NOTHING = Product(1, 2, 2, 2)
@@ -131,7 +137,7 @@ def measure_launch(device: torch.device, clock: Clock, repeats: int) -> float:
 
 
 def measure_products(
-    device: torch.device, clock: Clock, repeats: int, count: int, sampling: Sampling, largest: int
+    device: torch.device, clock: Clock, repeats: int, count: int, sampling: Sampling, largest: int, known: Machine
 ) -> Rates:
     """Time products of float32 and fit the constants to them.
 
@@ -145,19 +151,22 @@ def measure_products(
     sampling : Sampling
     largest : int
         Bytes up to which what a product reads or writes counts as cached.
+    known : Machine
+        Where the times do not tell a constant, it is taken from here.
     """
     chosen = products(count, sampling, largest)
     cases = {product: product.prepared(device) for product in (_NOTHING, *chosen)}
     once = fastest(cases, clock, 1, dict.fromkeys(cases, 1))
     calls = {product: min(_CALLS, math.ceil(sampling.seconds / once[product])) for product in cases}
     times = fastest(cases, clock, repeats, calls)
-    return fit(chosen, [times[product] for product in chosen], times[_NOTHING])
+    return fit(chosen, [times[product] for product in chosen], times[_NOTHING], known)
 
 
-def fit(measured: Sequence[Product], seconds: Sequence[float], launch: float) -> Rates:
+def fit(measured: Sequence[Product], seconds: Sequence[float], launch: float, known: Machine) -> Rates:
     """The constants by which products of float32 take these times.
 
-    The squares of the logarithms of predicted over measured time are the least, but that outliers count less.
+    The squares of the logarithms of predicted over measured time are the least, but that outliers count less. A
+    constant that ends on its bound is none that was measured: it is the known one, and the others are fitted again.
 
     Parameters
     ----------
@@ -166,20 +175,49 @@ def fit(measured: Sequence[Product], seconds: Sequence[float], launch: float) ->
         Of each.
     launch : float
         Seconds of a product without arithmetic, part of each time.
+    known : Machine
+
+    Raises
+    ------
+    CostModelError
+        If the rate itself ends on its bound.
     """
+    kept: dict[str, float] = {}
+    while True:
+        rates, error = _fit(measured, seconds, launch, kept)
+        lost = [name for name in _BOUNDS if name not in kept and _is_at_bound(name, rates[name])]
+        if "flops" in lost:
+            raise CostModelError(f"the times of products do not tell how fast they are: {rates['flops']:.3g} FLOP/s")
+        if not lost:
+            break
+        kept.update({name: known.half[name] if name in _SIZES else known.cached for name in lost})
+    names = tuple(f"half.{name}" if name in _SIZES else name for name in kept)
+    return Rates(rates["flops"], {name: rates[name] for name in _SIZES}, rates["cached"], error, names)
+
+
+def _is_at_bound(name: str, value: float) -> bool:
+    least, most = _BOUNDS[name]
+    return value > most / _AT_BOUND or (name not in _SIZES and value < least * _AT_BOUND)
+
+
+def _fit(
+    measured: Sequence[Product], seconds: Sequence[float], launch: float, kept: Mapping[str, float]
+) -> tuple[dict[str, float], float]:
+    """The constants, `kept` among them, and the median of the error."""
     batch, m, k, n = torch.tensor(measured, dtype=torch.float64).T
     moved = torch.tensor([4.0 * product.elements for product in measured], dtype=torch.float64)
     times = torch.tensor(seconds, dtype=torch.float64)
     start = {
         "flops": max(product.flops / time for product, time in zip(measured, seconds, strict=True)),
         "cached": float((moved / times).max()),
-        **dict.fromkeys("mkn", 4.0),
+        **dict.fromkeys(_SIZES, 4.0),
     }
-    least, most = torch.tensor(list(_BOUNDS.values()), dtype=torch.float64).log().T
-    logs = torch.tensor([start[name] for name in _BOUNDS], dtype=torch.float64).log().requires_grad_()
+    free = [name for name in _BOUNDS if name not in kept]
+    least, most = torch.tensor([_BOUNDS[name] for name in free], dtype=torch.float64).log().T
+    logs = torch.tensor([start[name] for name in free], dtype=torch.float64).log().requires_grad_()
 
     def errors() -> Tensor:
-        now = dict(zip(_BOUNDS, logs.clamp(least, most).exp(), strict=True))
+        now = {**kept, **dict(zip(free, logs.clamp(least, most).exp(), strict=True))}
         predicted: Tensor = launch + product_seconds(batch, m, k, n, now["flops"], now) + moved / now["cached"]
         return (predicted / times).log()
 
@@ -197,9 +235,8 @@ def fit(measured: Sequence[Product], seconds: Sequence[float], launch: float) ->
     with torch.enable_grad():
         search.step(closure)  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        rates = dict(zip(_BOUNDS, logs.clamp(least, most).exp().tolist(), strict=True))
-        error = errors().abs().median().item()
-    return Rates(rates["flops"], {name: rates[name] for name in "mkn"}, rates["cached"], error)
+        rates = {**kept, **dict(zip(free, logs.clamp(least, most).exp().tolist(), strict=True))}
+        return rates, errors().abs().median().item()
 
 
 def measure_dtypes(device: torch.device, clock: Clock, repeats: int, on: Machine, side: int) -> dict[str, float]:

@@ -78,13 +78,17 @@ class Orders:
         if len(group) == 1:
             return 0.0
         plan = self.merge(group, result)
-        passes = 1 + (2 if self.task.cores else 0)
+        costs = plan.step_costs()
         seconds = 0.0
-        for step, cost in zip(plan.steps, plan.step_costs(), strict=True):
-            seconds += cost.flops / self.machine.rate(self.task.dtype)
-            seconds += cost.bytes(self.task.itemsize) / self.machine.cached
-            seconds += (1 if step.is_product else 3) * self.machine.launch
-        return passes * seconds
+        for step, cost in zip(plan.steps, costs, strict=True):
+            once = cost.flops / self.machine.rate(self.task.dtype)
+            moved = cost.bytes(self.task.itemsize)
+            once += moved / (self.machine.cached if moved <= self.machine.cache else self.machine.memory)
+            once += (1 if step.is_product else 3) * self.machine.launch
+            # For the gradients of both operands, and all but the last are computed again.
+            passes = 1 + (2 + int(step is not plan.steps[-1]) if self.task.cores else 0)
+            seconds += passes * once
+        return seconds
 
     def chunks(self, order: Order) -> list[int]:
         """The powers of two from 16, below the rows, at which an intermediate of this order begins to fit the cache.

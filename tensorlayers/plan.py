@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from . import table
+from .cost import SLOWER
 from .entry import Entry, Work, is_count, read_entry
 from .errors import ConversionError
 from .formats import Format
@@ -22,7 +23,7 @@ from .network import modes_by_axis
 VERSION = 3
 _HEAD = ("layer", "kind", "shape", "format", "modes", "ranks", "params", "MACs", "forward", "training", "error")
 _STEPS = {"forward": False, "training step": True}
-_NAMED = 3  # pieces of advice that a warning gives
+_NAMED = 3  # pieces of advice that a warning gives, for layers that stay dense and for those converted
 
 
 class ConversionPlan:
@@ -138,10 +139,22 @@ class ConversionPlan:
 
     @property
     def alternatives(self) -> str:
-        """What would pay where a format has more MACs than dense or is predicted slower; empty where none does."""
-        advice = list(dict.fromkeys(entry.advice for entry in self if entry.advice))
-        rest = len(advice) - _NAMED
-        return ". ".join([*advice[:_NAMED], *([f"The plan has {rest} more such notes"] if rest > 0 else [])])
+        """What would pay where a format has more MACs than dense or is predicted slower; empty where none does.
+
+        First for layers that stay dense; then how many are converted all the same, since the time is hardly more than
+        dense's, and for those.
+        """
+        dense = [entry for entry in self if entry.advice and not entry.converted]
+        kept = [e for e in self if e.advice and e.converted and e.macs[1] > SLOWER * e.macs[0]]
+        said, rest = [], 0
+        for group in (dense, kept):
+            advice = list(dict.fromkeys(entry.advice for entry in group))
+            if advice and group is kept:
+                count = f"{len(kept)} of {len(self)} layers are converted though they have more MACs than dense"
+                said.append(f"{count} (e.g. {kept[0].name or 'the model'})")
+            said += advice[:_NAMED]
+            rest += len(advice[_NAMED:])
+        return ". ".join([*said, *([f"The plan has {table.counted(rest, 'more such note')}"] if rest else [])])
 
     def __str__(self) -> str:
         rows = [_row(entry) for entry in self]
@@ -151,7 +164,7 @@ class ConversionPlan:
             [
                 *table.wrapped(self.title),
                 *table.lines(_HEAD, rows),
-                *(line for n, k in notes.items() for line in table.wrapped(f"note: {n} ({k} layer{'s' * (k > 1)})")),
+                *(line for n, k in notes.items() for line in table.wrapped(f"note: {n} ({table.counted(k, 'layer')})")),
                 f"{len(self.converted)} of {len(self)} layers converted; "
                 f"parameters {before:,} -> {after:,} ({after / max(before, 1):.1%})",
                 f"MACs a row of these layers {macs[0]:,} -> {macs[1]:,} ({macs[1] / max(macs[0], 1):.1%})",
@@ -168,12 +181,12 @@ class ConversionPlan:
             f"{what} {table.duration(before)} -> {table.duration(after)} ({after / before:.1%})"
             for what, (before, after) in times.items()
         ]
-        yield f"predicted time of {self.work.rows:,} rows: {'; '.join(totals)}"
+        yield f"predicted time of {table.counted(self.work.rows, 'row')}: {'; '.join(totals)}"
         machine = self.work.machine
-        threads = f"{torch.get_num_threads()} threads, " if machine.threads else ""
+        threads = f"{table.counted(torch.get_num_threads(), 'thread')}, " if machine.threads else ""
         origin = "as shipped" if _is_shipped(machine) else "measured"
         unknown = sum(bool(entry.settings) and entry.seconds(training=False) is None for entry in self)
-        left = f"; {unknown} layer{'s' * (unknown > 1)} without an estimate not counted" if unknown else ""
+        left = f"; {table.counted(unknown, 'layer')} without an estimate not counted" if unknown else ""
         yield f"by the constants of {machine.name!r} ({threads}float32, {origin}){left}"
 
     def with_errors(self, model: nn.Module) -> ConversionPlan:

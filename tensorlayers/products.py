@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, conv_chunks, convolution, decision, functional, matmul
+from . import autograd, conv_chunks, convolution, decision, functional, matmul, slices
 from .contraction import constant_when_compiled
 from .conv_maps import Window
 from .convolution import ConvPlan
 from .network import Mode, Network
 from .precision import without_autocast
-from .program import Candidate, Task
+from .program import Candidate
+
+_Decision = tuple[Candidate, tuple[slices.Slice, ...]]
 
 
 class RowProduct(autograd.Multilinear):
-    """Rows times a network.
+    """Rows times a network; the rows may be shorter than its in modes hold.
 
     Parameters
     ----------
@@ -32,6 +34,8 @@ class RowProduct(autograd.Multilinear):
 
     def __init__(self, network: Network, forced: str | None) -> None:
         self.network, self.forced = network, forced
+        # Asked at every call: to look them up by the network would take longer than a small product.
+        self._decisions: dict[tuple[object, ...], _Decision] = {}
 
     def shape(self, x: Sequence[int]) -> tuple[int, ...]:
         return x[0], self.network.features("out")
@@ -39,27 +43,56 @@ class RowProduct(autograd.Multilinear):
     def forward(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         if not x.shape[0]:
             return x.new_empty(self.shape(x.shape))
-        chosen = self._chosen(decision.task_for(x), x)
+        return self._forward(functional.padded(x, self.network), cores, bias)
+
+    def _forward(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, added: Tensor | None = None) -> Tensor:
+        chosen, pieces = self._decided(x)
+        for piece in pieces:
+            added = RowProduct(piece.network, self.forced)._forward(x, piece.cores(cores), bias, added)
+            bias = None
+        if pieces and added is not None:
+            return added
         with without_autocast(x):
-            return matmul.forward(chosen.program, x, cores, bias, chosen.chunk)
+            return matmul.forward(chosen.program, x, cores, bias, chosen.chunk, added)
 
     def gradients(self, dy: Tensor, x: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
         if not x.shape[0]:
             return _zeros((x, *cores), needs)
-        task = decision.task_for(x, x_gradient=needs[0], core_gradients=any(needs[1:]))
-        chosen = self._chosen(task, x)
+        padded = functional.padded(x, self.network)
+        dx, *others = self._gradients(dy, padded, cores, needs)
+        return [dx if dx is None or padded is x else dx[:, : x.shape[1]].contiguous(), *others]
+
+    def _gradients(
+        self, dy: Tensor, x: Tensor, cores: Sequence[Tensor], needs: Sequence[bool], added: Tensor | None = None
+    ) -> list[Tensor | None]:
+        chosen, pieces = self._decided(x, needs[0], any(needs[1:]))
+        sums: list[Tensor | None] = [None] * len(cores)
+        for piece in pieces:
+            part = RowProduct(piece.network, self.forced)
+            added, *found = part._gradients(dy, x, piece.cores(cores), needs, added)
+            piece.add(found, sums, cores)
+        if pieces:
+            return [added, *sums]
         with without_autocast(x):
-            return matmul.gradients(chosen.program, dy, x, cores, needs, chosen.chunk)
+            return matmul.gradients(chosen.program, dy, x, cores, needs, chosen.chunk, added)
 
     def plain(self, x: Tensor, cores: Sequence[Tensor]) -> Tensor:
         return functional.contract_rows(x, self.network, cores)
 
-    def _chosen(self, task: Task, x: Tensor) -> Candidate:
-        return decision.decide(self.network, task, decision.machine_of(x), self.forced)
+    def _decided(self, x: Tensor, x_gradient: bool = False, core_gradients: bool = False) -> _Decision:
+        machine = decision.machine_of(x)
+        rows = decision.rows_class(x.shape[0])
+        key = rows, x_gradient, core_gradients, x.dtype, machine, torch.get_num_threads()
+        found = self._decisions.get(key)
+        if found is None:
+            task = decision.task_for(x, x_gradient=x_gradient, core_gradients=core_gradients)
+            chosen = decision.decide(self.network, task, machine, self.forced)
+            found = self._decisions[key] = chosen, slices.slices(self.network, chosen.program)
+        return found
 
 
 class WindowProduct(autograd.Multilinear):
-    """A convolution with a network."""
+    """A convolution with a network; the channels may be fewer than its in modes hold."""
 
     def __init__(self, network: Network, window: Window) -> None:
         self.network, self.window = network, window

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .contraction import Plan
@@ -46,14 +47,11 @@ class Group:
         The shape of their product.
     merge : Plan or None
         How they are multiplied, where they are several.
-    adjoints : tuple of Plan
-        Of a merge, the plan of each core's gradient: from that of the product, and the other cores.
     """
 
     cores: tuple[int, ...]
     sizes: tuple[int, ...]
     merge: Plan | None = None
-    adjoints: tuple[Plan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,6 +129,11 @@ class Program:
     copies: int
     single: bool = False
 
+    @property
+    def merged(self) -> int:
+        """Elements of the products of cores."""
+        return sum(math.prod(step.group.sizes) for step in self.steps if step.group.merge is not None)
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -143,8 +146,8 @@ class Candidate:
         Rows at a time; 0: all.
     cost : Cost
         FLOPs and elements moved.
-    merging : Cost
-        What of these it takes to multiply cores with each other, whatever the number of rows.
+    fixed : Cost
+        What of these it takes to read the cores, and to multiply some with each other, whatever the number of rows.
     seconds : float
     launches : int
     largest : int
@@ -154,12 +157,12 @@ class Candidate:
     program: Program
     chunk: int
     cost: Cost
-    merging: Cost
+    fixed: Cost
     seconds: float
     launches: int
     largest: int
 
     def cost_at(self, share: float) -> Cost:
         """The cost of so many times the rows."""
-        flops, elements = self.cost.flops - self.merging.flops, self.cost.elements - self.merging.elements
-        return Cost(round(flops * share), round(elements * share)) + self.merging
+        flops, elements = self.cost.flops - self.fixed.flops, self.cost.elements - self.fixed.elements
+        return Cost(round(flops * share), round(elements * share)) + self.fixed

@@ -59,8 +59,13 @@ def count(number: float) -> str:
     return f"{number:.3g}{units[0]}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: 1 layer, 1,024 rows."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def duration(seconds: float) -> str:
-    """A time to two digits: 12us, 3.4ms, 120ms, 1.2s."""
+    """A time to two digits: 12us, 3.4ms, 120ms, 1.2s, 40h."""
     return "".join(_scaled(seconds))
 
 
@@ -71,7 +76,7 @@ def durations(before: float, after: float) -> str:
 
 
 def _scaled(seconds: float) -> tuple[str, str]:
-    units = [(seconds * 1e6, "us"), (seconds * 1e3, "ms"), (seconds, "s")]
+    units = [(seconds * 1e6, "us"), (seconds * 1e3, "ms"), (seconds, "s"), (seconds / 3600, "h")]
     number, unit = next(((number, unit) for number, unit in units if number < 995), units[-1])
     if number < 9.95:
         return f"{number:.1f}", unit

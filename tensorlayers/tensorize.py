@@ -12,6 +12,8 @@ from .errors import ModeError
 # What an imbalance of one more factor of 2 between largest and smallest mode is worth, as a fraction of padding.
 _IMBALANCE = 0.05
 
+# The caches below are typed: 3072.0 == 3072, and what is wrong must not be answered from, or for, what is right.
+
 # Splitting takes trial divisions up to the square root; no dimension of a layer is larger than this.
 _LARGEST = 2**31 - 1
 
@@ -19,7 +21,7 @@ MOST_MODES = 10
 """Modes a side: beyond, planning the contraction takes seconds and einsum runs out of index letters."""
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def balanced_modes(size: int, order: int) -> tuple[int, ...]:
     """Split a dimension into `order` modes as equal as can be, in ascending order.
 
@@ -46,7 +48,7 @@ def balanced_modes(size: int, order: int) -> tuple[int, ...]:
     >>> math.prod(balanced_modes(50257, 2))
     50264
     """
-    _check(size, order)
+    size, order = _checked(size, order)
     best: tuple[float, tuple[int, ...]] | None = None
     padded = size
     while best is None or padded / size - 1 < best[0]:
@@ -58,7 +60,7 @@ def balanced_modes(size: int, order: int) -> tuple[int, ...]:
     return best[1]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def skewed_modes(size: int, order: int, inner: int = 128) -> tuple[int, ...]:
     """Split a dimension into small outer modes and one large inner mode, the last.
 
@@ -81,7 +83,7 @@ def skewed_modes(size: int, order: int, inner: int = 128) -> tuple[int, ...]:
     >>> skewed_modes(768, 2), skewed_modes(384, 2), skewed_modes(3072, 3), skewed_modes(17, 2)
     ((4, 192), (3, 128), (2, 2, 768), (2, 9))
     """
-    _check(size, order)
+    size, order = _checked(size, order)
     if order == 1:
         return (size,)
     if order == 2:
@@ -95,7 +97,7 @@ def skewed_modes(size: int, order: int, inner: int = 128) -> tuple[int, ...]:
     return (*outer, rest)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def mode_choices(size: int, order: int) -> tuple[tuple[int, ...], ...]:
     """Splits of a dimension to choose among for speed: balanced, skewed, and some in between.
 
@@ -116,6 +118,7 @@ def mode_choices(size: int, order: int) -> tuple[tuple[int, ...], ...]:
     >>> mode_choices(768, 2)
     ((24, 32), (32, 24), (2, 384), (384, 2), (8, 96), (96, 8))
     """
+    size, order = _checked(size, order)
     balanced = balanced_modes(size, order)
     found = [balanced, balanced[::-1]]
     outer = 2
@@ -137,9 +140,9 @@ def check_modes(modes: Sequence[int], size: int, what: str) -> tuple[int, ...]:
     Raises
     ------
     ModeError
-        If there is none, one is no integer or below 1, or their product is below `size`.
+        If there is none, one is no integer or below 1, their product is below `size`, or `size` is no integer.
     """
-    modes = validate_modes(modes, what)
+    modes, size = validate_modes(modes, what), _integer(size, "dimension")
     if math.prod(modes) < size:
         raise ModeError(f"{what} {modes}: the product is at least {size}, the dimension; got {math.prod(modes)}")
     return modes
@@ -178,11 +181,20 @@ def boxes(size: int, modes: Sequence[int]) -> Iterator[tuple[slice, ...]]:
         prefix = (*prefix, slice(whole, whole + 1))
 
 
-def _check(size: int, order: int) -> None:
+def _checked(size: int, order: int) -> tuple[int, int]:
+    """A dimension and a number of modes as Python's integers."""
+    size, order = _integer(size, "dimension"), _integer(order, "order")
     if not 1 <= size <= _LARGEST:
         raise ModeError(f"dimension {size}: from 1 to {_LARGEST}")
     if order < 1:
         raise ModeError(f"order {order}: at least 1 mode")
+    return size, order
+
+
+def _integer(value: object, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ModeError(f"{what} {value!r}: an integer; got {type(value).__name__}")
+    return int(value)
 
 
 def _most_equal(size: int, order: int) -> tuple[int, ...]:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from tensorlayers import TT, FactorizedLinear, LowRank, formats
+
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-MODULES = ("timing", "memory", "compare", "report", "cases", "layers", "peers", "convs", "models", "scaling")
+MODULES = ("timing", "memory", "compare", "report", "cases", "layers", "peers", "convs", "models", "scaling", "run")
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +54,19 @@ def test_formats_are_found_at_the_wanted_share_of_the_flops(benchmarks):
             assert math.isclose(candidate.facts["flops"], wanted, rel_tol=0.1), candidate.name
 
 
-def test_every_format_is_compared(benchmarks):
-    from tensorlayers import formats
+@pytest.mark.parametrize(("in_features", "out_features"), [(768, 3072), (1024, 4096)])
+def test_ranks_are_multiples_of_what_blas_is_fast_at(benchmarks, in_features, out_features):
+    cases = benchmarks.cases
+    for wanted in (cases.LOW, cases.MIDDLE):
+        for format in cases.FORMATS:
+            chosen = cases.at_share(in_features, out_features, wanted, format)
+            ranks = chosen.rank if isinstance(chosen.rank, tuple) else (chosen.rank,)
+            assert all(rank < 12 or rank % (4 if rank <= 32 else 8) == 0 for rank in ranks), chosen
 
+
+def test_every_format_is_compared(benchmarks):
     assert {format.name for format in benchmarks.cases.FORMATS} == set(formats.available())
-    assert set(benchmarks.cases.TINY) == set(benchmarks.cases.FORMATS)
+    assert set(benchmarks.cases.OVERHEAD) == set(benchmarks.cases.FORMATS)
 
 
 def test_what_is_wrong_is_not_timed(benchmarks):
@@ -79,5 +89,75 @@ def test_what_is_wrong_is_not_timed(benchmarks):
 
 def test_a_figure_states_what_it_misses(benchmarks):
     figure = benchmarks.compare.Figure
-    assert benchmarks.report.figure(figure(0.5, 0.4)) == "0.50 <= 0.40 <<"
-    assert benchmarks.report.figure(figure(5.0, 3.0, at_least=True)) == "5.00 >= 3.00"
+    assert benchmarks.report.figure(figure(0.5, 0.4)) == "0.50 (<= 0.40) <<"
+    assert benchmarks.report.figure(figure(5.0, 3.0, at_least=True)) == "5.00 (>= 3.00)"
+    assert benchmarks.report.figure(figure(3.18, 3.2)) == "3.18 (<= 3.20)"
+    assert benchmarks.report.figure(figure(3.18)) == "3.18"
+
+
+def test_every_column_has_a_head_of_its_own(benchmarks):
+    heads = list(benchmarks.report.HEADS.values())
+    assert len(set(heads)) == len(heads)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["layer"], "a part is one of"),
+        (["plots"], "--out DIR is needed"),
+        (["plots", "--out", "."], "no scaling.json"),
+        (["--threads", "0"], "--threads is 1 or more; got 0"),
+        (["--seconds", "0"], "--seconds is a number above 0; got 0"),
+        (["--seconds", "-1"], "--seconds is a number above 0; got -1"),
+        (["--seconds", "nan"], "--seconds is a number above 0; got nan"),
+    ],
+    ids=["part", "nowhere", "nothing", "threads", "zero", "negative", "nan"],
+)
+def test_the_command_refuses_what_it_cannot_do(benchmarks, words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        benchmarks.run.parse(words)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_plots_are_drawn_from_what_is_there_or_will_be(benchmarks, tmp_path):
+    assert benchmarks.run.parse(["scaling", "plots", "--out", str(tmp_path)]).parts == ["scaling", "plots"]
+    (tmp_path / "scaling.json").write_text("{}", encoding="utf-8")
+    assert benchmarks.run.parse(["plots", "--out", str(tmp_path)]).out == tmp_path
+
+
+def test_a_row_says_where_a_factor_is_beyond_the_arithmetic(benchmarks):
+    figures = {kind: benchmarks.compare.Figure(value) for kind, value in (("forward", 1.8), ("training", 2.5))}
+    said = benchmarks.peers.beyond(figures, 0.4, 5.0)
+    assert said == "5 x is beyond the arithmetic: at dense's rate forward <= 4.50 x"
+    assert not benchmarks.peers.beyond(figures, 0.3, 5.0)
+
+
+def test_arithmetic_is_that_of_the_cheaper_way(benchmarks):
+    for rank, is_factorized in ((4, True), (64, False)):
+        layer = FactorizedLinear(768, 3072, format=TT(rank))
+        factorized = benchmarks.cases.share(type(layer), layer.settings_of(layer), layer.own_network, 1024)
+        rebuilt = 1 + benchmarks.cases.rebuilding(layer, 1024)
+        assert benchmarks.cases.least_work(layer, 1024) == (factorized if is_factorized else rebuilt)
+
+
+@pytest.mark.parametrize("name", sorted(formats.available()))
+def test_a_layer_that_stores_is_a_copy(benchmarks, name):
+    layer = FactorizedLinear(24, 32, format=formats.available()[name](2))
+    other = benchmarks.peers.stored(layer)
+    assert (layer.backward, other.backward) == ("recompute", "store")
+    x = torch.randn(3, 24)
+    assert torch.equal(layer(x), other(x))
+
+
+@pytest.mark.parametrize(("pattern", "is_aimed"), [(".*", False), ("2", True)], ids=["few", "most"])
+def test_a_model_of_which_little_is_converted_has_no_target(benchmarks, pattern, is_aimed):
+    module = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 64))  # two are too small to convert
+    model = benchmarks.models.Model("a model", module, torch.randn(2, 12), pattern, {"training": 0.8})
+    candidate = benchmarks.models.converted(model, LowRank)
+    assert candidate.facts["converted"] == "1 of 3"
+    assert candidate.targets == (model.targets if is_aimed else {})
+    assert ("convert_model" in candidate.facts) is not is_aimed
+    if not is_aimed:
+        assert candidate.facts["convert_model"].startswith("converts 1 of the 3 layers asked for (1 without")

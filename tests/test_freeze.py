@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
@@ -509,6 +510,22 @@ def test_the_cores_are_computed_with_when(way, kind):
     assert layer.frozen
 
 
+@pytest.mark.parametrize("size", [12, 300])  # a small product, and one that is an operator
+def test_a_graph_does_not_depend_on_the_frozen_layers_that_are_alive(size):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    layer = tl.FactorizedLinear(size, size, format=TT(2))
+    graph = torch.compile(layer, backend=counter, fullgraph=True)
+    x = torch.randn(3, size)
+    for _ in range(3):
+        others = [build("linear-tt")[0].freeze() for _ in range(2)]
+        assert_close(graph(x), layer(x), torch.float32)
+        del others
+        gc.collect()
+        assert_close(graph(x), layer(x), torch.float32)
+    assert counter.frame_count == 1
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_a_trace_has_the_cores():
     layer, args = build("linear-tt")
@@ -689,6 +706,13 @@ def test_models_without_a_factorized_layer():
     for function in (tl.freeze, tl.unfreeze):
         with pytest.raises(NetworkError, match="Linear: a factorized layer, or a model with one; it has none"):
             function(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("model", [3, None], ids=str)
+def test_what_is_no_module_is_refused(model):
+    for function in (tl.freeze, tl.unfreeze):
+        with pytest.raises(NetworkError, match=f"model: an nn.Module; got {type(model).__name__}"):
+            function(model)
 
 
 def test_an_attention_model():

@@ -4,7 +4,11 @@ import functools
 import json
 import os
 import random
+import re
+import stat
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tensorlayers import autograd, cli, measure, measure_gemm
+from tensorlayers import FactorizedLinear, LowRank, autograd, cli, measure, measure_gemm
 from tensorlayers.errors import CostModelError
-from tensorlayers.machine import SHIPPED, VARIABLE, Machine, machine, product_seconds, read, shipped, write
+from tensorlayers.machine import (
+    SHIPPED,
+    VARIABLE,
+    Machine,
+    machine,
+    measured,
+    product_seconds,
+    read,
+    read_measured,
+    shipped,
+    write,
+)
 from tensorlayers.measure import Measurement
 from tensorlayers.measure_gemm import Product
 from tensorlayers.timing import fastest, share_of_processors
@@ -133,7 +148,8 @@ SIZE = st.floats(0.05, 64)
 @given(st.floats(1e10, 1e13), SIZE, SIZE, SIZE, st.floats(0.05, 2.0))
 def test_a_fit_predicts_the_products_that_it_has_not_seen(flops, m, k, n, cached):
     true = rates(flops, m, k, n, flops * cached)
-    found = measure_gemm.fit(FITTED, [seconds(product, true) for product in FITTED], 1e-6)
+    found = measure_gemm.fit(FITTED, [seconds(product, true) for product in FITTED], 1e-6, KNOWN)
+    assert not found.kept
     for product in OTHERS:
         assert seconds(product, found) == pytest.approx(seconds(product, true), rel=0.1)
 
@@ -143,10 +159,28 @@ def test_a_fit_bears_noise_and_outliers():
     times = [seconds(product, true) * source.uniform(0.9, 1.1) for product in FITTED]
     for k in range(0, len(times), 12):
         times[k] *= 3
-    found = measure_gemm.fit(FITTED, times, 1e-6)
+    found = measure_gemm.fit(FITTED, times, 1e-6, KNOWN)
     for product in OTHERS:
         assert seconds(product, found) == pytest.approx(seconds(product, true), rel=0.2)
     assert 0.02 < found.error < 0.15
+
+
+UNTOLD = {"cached": rates(9e10, 0.5, 3.0, 20.0, 1e30), "half.n": rates(9e13, 0.5, 3.0, 1e6, 3e10)}
+"""What the times do not tell: products that wait for no memory; sizes that all are next to nothing."""
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+def test_a_constant_that_the_times_do_not_tell_is_the_known_one(name):
+    found = measure_gemm.fit(FITTED, [seconds(product, UNTOLD[name]) for product in FITTED], 1e-6, KNOWN)
+    assert name in found.kept
+    values = {"cached": found.cached, **{f"half.{size}": value for size, value in found.half.items()}}
+    assert {one for one in values if values[one] == KNOWN.constants()[one]} == set(found.kept)
+
+
+def test_times_that_tell_no_rate_are_refused():
+    for time in (1e-12, 1e12):
+        with pytest.raises(CostModelError, match="do not tell how fast they are"):
+            measure_gemm.fit(FITTED, [time] * len(FITTED), 1e-13, KNOWN)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -247,6 +281,43 @@ def test_without_the_variable_the_directory_is_that_of_caches(monkeypatch, home,
     assert machine().name == "typical"
 
 
+def test_without_a_home_directory_nothing_is_measured(monkeypatch, home, capsys):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    assert measured() is None
+    assert machine().to_json() == shipped("cpu").to_json()
+    assert cli.main(["calibrate"]) == 1
+    assert f"no home directory: pass --out FILE, or name one in {VARIABLE}" in capsys.readouterr().err
+
+
+def test_in_a_directory_that_may_not_be_searched_nothing_is_measured(monkeypatch, home):
+    write(TYPICAL, home / "cpu.json")
+
+    def denied(path):
+        if path.is_relative_to(home):
+            raise PermissionError(13, "Permission denied")
+        return True
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert machine().to_json() == shipped("cpu").to_json()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)], ids=oct)
+def test_a_file_may_be_read_by_whom_the_umask_lets(home, umask, mode):
+    before = os.umask(umask)
+    try:
+        write(TYPICAL, home / "cpu.json")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((home / "cpu.json").stat().st_mode) == mode
+
+
 def test_a_file_that_cannot_be_written_stays_as_it_was(monkeypatch, home):
     write(TYPICAL, home / "cpu.json")
 
@@ -281,6 +352,12 @@ GOOD = json.loads(TYPICAL.to_json())
         pytest.param({**GOOD, "half": {"m": 1, "n": 1}}, "half.k is missing", id="half"),
         pytest.param({**GOOD, "memory": 0}, "memory is 0", id="zero"),
         pytest.param({**GOOD, "cache": -1}, "cache is -1", id="negative"),
+        pytest.param({**GOOD, "cache": 6e6}, "cache is an integer, at most 10", id="float cache"),
+        pytest.param({**GOOD, "cache": 1e300}, "cache is 1e+300", id="huge float cache"),
+        pytest.param({**GOOD, "cache": 10**16}, "cache is an integer, at most 10", id="huge cache"),
+        pytest.param({**GOOD, "launch": 10**400}, "launch is 1000", id="huge integer"),
+        pytest.param({**GOOD, "memory": 1e-300}, "memory is 1e-300", id="tiny"),
+        pytest.param({**GOOD, "half": {**GOOD["half"], "m": 1e300}}, "half.m is 1e+300", id="huge"),
         pytest.param({**GOOD, "cached": float("nan")}, "cached is nan", id="nan"),
         pytest.param({**GOOD, "cached": float("inf")}, "cached is inf", id="inf"),
         pytest.param({**GOOD, "launch": "fast"}, "launch is 'fast'", id="text"),
@@ -288,6 +365,9 @@ GOOD = json.loads(TYPICAL.to_json())
         pytest.param({**GOOD, "conv": {"rate": None}}, "conv.rate is None", id="none"),
         pytest.param({**GOOD, "threads": -1}, "threads", id="threads"),
         pytest.param({**GOOD, "threads": "2"}, "threads", id="text threads"),
+        pytest.param({**GOOD, "threads": 2.0}, "threads is an integer", id="float threads"),
+        pytest.param({**GOOD, "threads": True}, "threads is an integer", id="bool threads"),
+        pytest.param({**GOOD, "threads": 10**7}, "threads is an integer", id="many threads"),
         pytest.param({**GOOD, "name": 7}, "name", id="name"),
     ],
 )
@@ -295,18 +375,47 @@ def test_a_bad_file_is_named_with_what_to_do(home, text, message):
     home.mkdir()
     path = home / "cpu.json"
     path.write_text(text if isinstance(text, str) else json.dumps(text))
-    with pytest.raises(CostModelError) as error:
-        machine("cpu")
-    assert str(error.value).startswith(f"{path}: ")
-    assert message in str(error.value)
-    assert str(error.value).endswith("delete the file, or run `tensorlayers calibrate` again")
+    for reading in (lambda: read(path), read_measured):
+        with pytest.raises(CostModelError) as error:
+            reading()
+        assert str(error.value).startswith(f"{path}: ")
+        assert message in str(error.value)
+        assert str(error.value).endswith("delete the file, or run `tensorlayers calibrate` again")
+    # A forward does without it.
+    with pytest.warns(UserWarning, match=re.escape(str(error.value))) as warned:
+        assert machine("cpu").to_json() == machine("cpu").to_json() == shipped("cpu").to_json()
+    assert len(warned) == 1
 
 
 def test_a_file_that_is_no_text_is_refused(home):
     home.mkdir()
     (home / "cpu.json").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(CostModelError, match=r"cpu\.json"):
-        machine("cpu")
+        read_measured()
+
+
+def test_a_forward_warns_once_of_a_file_that_cannot_be_read(monkeypatch, home):
+    write(TYPICAL, home / "cpu.json")
+    original = Path.read_text
+
+    def denied(path, *arguments, **options):
+        if path.is_relative_to(home):
+            raise PermissionError(13, "Permission denied")
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    layer, x = FactorizedLinear(48, 56, format=LowRank(3)), torch.randn(900, 48)
+    with pytest.warns(UserWarning, match=r"cpu\.json: .*Permission denied.*tensorlayers calibrate.*shipped") as warned:
+        assert [len(layer(x[:rows])) for rows in (900, 300, 40)] == [900, 300, 40]
+    assert len(warned) == 1
+
+
+def test_the_command_refuses_to_plan_by_a_bad_file(home, capsys, tmp_path):
+    home.mkdir()
+    (home / "cpu.json").write_text("nonsense")
+    for arguments in (["plan", str(tmp_path)], ["convert", str(tmp_path), "--out", str(tmp_path / "out")]):
+        assert cli.main(arguments) == 1
+        assert f"{home / 'cpu.json'}: no file of a machine's constants" in capsys.readouterr().err
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -336,6 +445,13 @@ def test_the_command_saves_where_the_constants_are_used(home, asked, capsys):
     assert lines["flops.float64"][0] == lines["conv.moved"][0] == "-"
     assert "within 7%" in shown
     assert f"{home / 'cpu.json'}, used from now on; delete it" in shown
+
+
+def test_the_command_says_which_constants_it_kept(home, monkeypatch, capsys):
+    kept = ("cached", "half.n")
+    monkeypatch.setattr(cli, "measure", lambda *_, **__: Measurement(TYPICAL, 0.07, kept))
+    assert cli.main(["calibrate"]) == 0
+    assert "as shipped, since the times do not tell: cached, half.n\n" in capsys.readouterr().out
 
 
 def test_the_command_replaces_a_bad_file(home, asked):

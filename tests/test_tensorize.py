@@ -198,6 +198,8 @@ def test_modes_below_the_dimension_are_refused():
         check_modes((3, 4), 13, "out_modes")
     with pytest.raises(ModeError, match=r"out_modes \(3, 4\)"):
         TT(2, out_modes=(3, 4)).network(13, 12)
+    with pytest.raises(ModeError, match=r"dimension 12\.0: an integer; got float"):
+        check_modes((3, 4), 12.0, "out_modes")
 
 
 def test_modes_become_a_tuple_of_python_integers():
@@ -214,6 +216,20 @@ def test_dimensions_and_orders_out_of_range_are_refused(split):
             split(size, 2)
     with pytest.raises(ModeError, match="order 0: at least 1 mode"):
         split(12, 0)
+
+
+@pytest.mark.parametrize("split", [balanced_modes, skewed_modes, mode_choices])
+def test_dimensions_and_orders_that_are_no_integers_are_refused_and_not_remembered(split):
+    expected = split(3072, 2)  # 3072.0 == 3072: a cache of both would answer one for the other
+    for wrong in (3072.0, "3072", None, True):
+        with pytest.raises(ModeError, match=f"dimension {wrong!r}: an integer; got {type(wrong).__name__}"):
+            split(wrong, 2)
+        with pytest.raises(ModeError, match=f"order {wrong!r}: an integer; got {type(wrong).__name__}"):
+            split(3072, wrong)
+    for size in (numpy.int64(3072), 3072):
+        found = split(size, numpy.int32(2))
+        assert found == expected
+        assert {type(mode) for mode in numpy.ravel(numpy.array(found, dtype=object))} == {int}
 
 
 # Boxes

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import ConversionError, NetworkError
+from . import leaf
 from .base import FactorizedLayer
 from .weight import DenseWeight
 
@@ -182,6 +183,10 @@ class ProjectedAttention(nn.Module):
         NetworkError
             If a shape or a mask's dtype does not fit, or `is_causal` comes without an `attn_mask`.
         """
+        if leaf.is_recorded(query):
+            options = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            recorded: tuple[Tensor, Tensor | None] = leaf.call(self, query, key, value, *options)
+            return recorded
         if query.is_nested or key.is_nested or value.is_nested:
             if key_padding_mask is not None or attn_mask is not None:
                 raise NetworkError("attention on nested tensors: without masks; got one")

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from .. import contraction, conv_cost, convolution, dispatch
 from ..conv_cost import Convolution
-from ..convolution import Window
+from ..conv_maps import Window
 from ..cost import Cost
 from ..errors import NetworkError
 from ..formats import Format, LowRank
 from ..machine import Machine
 from ..network import Axis, Network
+from . import leaf
 from .dispatched import DispatchedLayer
 from .kind import Settings, check_sizes, plain
 
@@ -259,6 +260,9 @@ class _Conv(_FactorizedConv):
         self.implementation, self.backward = implementation, backward
 
     def forward(self, input: Tensor) -> Tensor:
+        if leaf.is_recorded(input):
+            recorded: Tensor = leaf.call(self, input)
+            return recorded
         self._check(input)
         frozen = self._frozen_forward()
         return self._apply_window(input, self._window()) if frozen is None else frozen(input)
@@ -317,31 +321,19 @@ class _ConvTranspose(_FactorizedConv):
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """As torch's: `output_size` chooses among the sizes that the stride leaves open."""
+        if leaf.is_recorded(input):
+            recorded: Tensor = leaf.call(self, input, output_size)
+            return recorded
         self._check(input)
         frozen = self._frozen_forward()
         if frozen is not None:
             return frozen(input, output_size)
         window = self._window()
         if output_size is not None:
-            window = replace(window, output_padding=self._output_padding(input, list(output_size)))
+            count = self.dimensions
+            wanted = output_size[-count:] if len(output_size) == input.dim() else output_size
+            window = window.reaching(input.shape[-count:], wanted)
         return self._apply_window(input, window)
-
-    def _output_padding(self, input: Tensor, wanted: list[int]) -> tuple[int, ...]:
-        count = self.dimensions
-        if len(wanted) == input.dim():
-            wanted = wanted[-count:]
-        if len(wanted) != count:
-            raise ValueError(f"output_size {tuple(wanted)}: {count} sizes, or those of the whole output")
-        amounts = []
-        for d, (length, size) in enumerate(zip(input.shape[-count:], wanted, strict=True)):
-            assert not isinstance(self.padding, str)
-            reach = self.dilation[d] * (self.kernel_size[d] - 1) + 1
-            least = (length - 1) * self.stride[d] - 2 * self.padding[d] + reach
-            if not least <= size < least + self.stride[d]:
-                most = least + self.stride[d] - 1
-                raise ValueError(f"output_size {tuple(wanted)}: dimension {d} is from {least} to {most}; got {size}")
-            amounts.append(size - least)
-        return tuple(amounts)
 
 
 _DOCUMENTATION = """A {what} whose kernel is a small tensor network; drop-in for ``nn.{dense}``.

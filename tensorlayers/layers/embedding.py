@@ -13,6 +13,7 @@ from ..cost import Cost
 from ..errors import ConversionError, NetworkError
 from ..formats import Format, LowRank
 from ..network import Axis, Network
+from . import leaf
 from .base import FactorizedLayer
 from .kind import Settings, check_sizes, plain
 
@@ -259,6 +260,9 @@ class FactorizedEmbedding(_Table):
         self._build(settings, device, dtype, format, stack)
 
     def forward(self, input: Tensor) -> Tensor:
+        if leaf.is_recorded(input):
+            recorded: Tensor = leaf.call(self, input)
+            return recorded
         if input.is_nested:
             values, offsets = _jagged(input)
             return torch.nested.nested_tensor_from_jagged(self.forward(values), offsets)
@@ -362,6 +366,9 @@ class FactorizedEmbeddingBag(_Table):
         return super().refusal(module) or (_MAX if module.mode == "max" and module.scale_grad_by_freq else "")
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        if leaf.is_recorded(input):
+            recorded: Tensor = leaf.call(self, input, offsets, per_sample_weights)
+            return recorded
         if input.is_nested:  # jagged: one bag a row
             input, offsets = _jagged(input)
             offsets = offsets if self.include_last_offset else offsets[:-1]

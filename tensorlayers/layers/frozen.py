@@ -152,7 +152,7 @@ class Freezable(nn.Module, LayerKind):
 
     def _frozen_forward(self) -> Callable[..., Tensor] | None:
         """The forward of torch's own layer with the cached weight; None where the cores are to be computed with."""
-        if torch.compiler.is_compiling() or not _frozen:
+        if not is_any_frozen():
             return None
         state = _current(self)
         if state is None or _is_traced():
@@ -231,8 +231,9 @@ _WANTED = "_wanted_grad"
 
 
 def is_any_frozen() -> bool:
-    """Whether there is a frozen layer at all; quickly asked."""
-    return bool(_frozen)
+    """Whether there is a frozen layer at all that computes with its cached weight; quickly asked."""
+    # A graph never does, and must not depend on which layers happen to be alive.
+    return not torch.compiler.is_compiling() and bool(_frozen)
 
 
 def wants_grad(parameter: Tensor) -> bool:
@@ -257,7 +258,7 @@ def freeze(model: _M) -> _M:
     Raises
     ------
     NetworkError
-        If there is no factorized layer, or one cannot be frozen, which is named. No layer is then changed.
+        If it is no module, has no factorized layer, or one cannot be frozen, which is named. No layer is then changed.
 
     Examples
     --------
@@ -294,7 +295,7 @@ def unfreeze(model: _M) -> _M:
     Raises
     ------
     NetworkError
-        If there is no factorized layer.
+        If it is no module, or has no factorized layer.
     """
     for layer in _layers(model).values():
         layer.unfreeze()
@@ -302,6 +303,8 @@ def unfreeze(model: _M) -> _M:
 
 
 def _layers(model: nn.Module) -> dict[str, Freezable]:
+    if not isinstance(model, nn.Module):
+        raise NetworkError(f"model: an nn.Module; got {type(model).__name__}")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Freezable)}
     if not layers:
         raise NetworkError(f"{type(model).__name__}: a factorized layer, or a model with one; it has none")

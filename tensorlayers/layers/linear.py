@@ -16,8 +16,8 @@ from ..errors import NetworkError
 from ..formats import Format, LowRank
 from ..machine import Machine
 from ..network import Axis, Network, linear_axes
-from ..program import Task
 from ..small import small as small_product
+from . import leaf
 from .dispatched import DispatchedLayer
 from .frozen import is_any_frozen
 from .kind import Settings, check_sizes, plain
@@ -125,7 +125,7 @@ class FactorizedLinear(DispatchedLayer):
         cls, settings: Mapping[str, Any], rows: int, machine: Machine, training: bool = False, itemsize: int = 4
     ) -> float:
         sizes = settings["out_features"], settings["in_features"]
-        return decision.dense_seconds(*sizes, rows, machine, training=training, itemsize=itemsize)
+        return decision.dense_seconds(*sizes, rows, machine, x=training, weight=training, itemsize=itemsize)
 
     @classmethod
     def factorized_seconds(
@@ -137,9 +137,7 @@ class FactorizedLinear(DispatchedLayer):
         training: bool = False,
         itemsize: int = 4,
     ) -> float:
-        if training:
-            return decision.training_seconds(network, rows, machine, itemsize=itemsize)
-        return decision.predicted(network, Task(rows, itemsize=itemsize), machine)
+        return decision.cautious_seconds(network, rows, machine, training=training, itemsize=itemsize)
 
     @property
     def fan_in(self) -> int:
@@ -170,6 +168,9 @@ class FactorizedLinear(DispatchedLayer):
         return y
 
     def forward(self, input: Tensor) -> Tensor:
+        if leaf.is_recorded(input):
+            recorded: Tensor = leaf.call(self, input)
+            return recorded
         if self._small is not None and not input.is_nested:
             small = self._small_forward(input)
             if small is not None:

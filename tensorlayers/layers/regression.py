@@ -17,6 +17,7 @@ from ..formats import Format, ModeProducts, Tucker
 from ..machine import Machine
 from ..network import Axis, Network
 from ..tensorize import MOST_MODES
+from . import leaf
 from .dispatched import DispatchedLayer
 from .kind import Settings, check_sizes, plain
 from .linear import FactorizedLinear
@@ -137,6 +138,9 @@ class TensorLinear(nn.Module):
         return layer.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        if leaf.is_recorded(input):
+            recorded: Tensor = leaf.call(self, input)
+            return recorded
         flat = _flat(input, self.in_shape)
         weight = self.weight.reshape(math.prod(self.out_shape), -1)
         y = F.linear(flat, weight, None if self.bias is None else self.bias.flatten())
@@ -195,7 +199,7 @@ class _TensorMap(DispatchedLayer):
         cls, settings: Mapping[str, Any], rows: int, machine: Machine, training: bool = False, itemsize: int = 4
     ) -> float:
         sizes = math.prod(settings["out_shape"]), math.prod(settings["in_shape"])
-        return decision.dense_seconds(*sizes, rows, machine, training=training, itemsize=itemsize)
+        return decision.dense_seconds(*sizes, rows, machine, x=training, weight=training, itemsize=itemsize)
 
     @classmethod
     def factorized_seconds(
@@ -214,6 +218,9 @@ class _TensorMap(DispatchedLayer):
         return math.prod(self.in_shape)
 
     def forward(self, input: Tensor) -> Tensor:
+        if leaf.is_recorded(input):
+            recorded: Tensor = leaf.call(self, input)
+            return recorded
         flat = _flat(input, self.in_shape)
         frozen = self._frozen_forward()
         if frozen is not None:

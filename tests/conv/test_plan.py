@@ -3,7 +3,7 @@
 import dataclasses
 
 from tensorlayers import CP, TT, LowRank, Tucker, convolution
-from tensorlayers.convolution import Window
+from tensorlayers.conv_maps import Window
 from tensorlayers.network import Axis
 from tests.conv.support import VARIANTS
 

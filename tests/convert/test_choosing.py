@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tensorlayers import BTT, CP, TT, LowRank, convert_model, plan_conversion
+from tensorlayers import BTT, CP, TT, LowRank, convert_model, plan_conversion, summarize, to_dense
 from tensorlayers.errors import ConversionError, FormatError, ModeError, RankError
 from tests.convert.support import HALF, Net, _chain, _factorized, _named, _quietly, _reasons
 
@@ -178,3 +178,18 @@ def test_planning_leaves_the_random_numbers_alone():
     assert converted[0].error == plan["0"].error
     torch.manual_seed(5)
     assert convert_model(model, plan)[0].error == plan["0"].error
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, 3, "model", nn.Linear, [nn.Linear(4, 4)]], ids=["None", "int", "str", "class", "list"]
+)
+def test_what_is_no_model_is_refused(wrong):
+    calls = (
+        lambda: plan_conversion(wrong, HALF),
+        lambda: convert_model(wrong, HALF),
+        lambda: summarize(wrong),
+        lambda: to_dense(wrong),
+    )
+    for call in calls:
+        with pytest.raises(ConversionError, match=rf"^model: an nn\.Module; got {type(wrong).__name__}$"):
+            call()

@@ -40,9 +40,9 @@ def assert_alike(compiled, layer, x, trained=True):
     return found[0][0]
 
 
-@every_format
-def test_at_most_three_graphs_for_twenty_batches(cls):
-    layer = layer_of(cls)
+@pytest.mark.parametrize("kind", ["cp", "tt"])
+def test_at_most_three_graphs_for_twenty_batches(kind):
+    layer = layer_of(available()[kind])
     run, counter = compiled(layer)
     for rows in BATCHES:
         assert_alike(run, layer, torch.randn(rows, 64))
@@ -65,9 +65,8 @@ def test_dimensions_before_the_last():
     assert counter.frame_count <= 3
 
 
-@every_format
-def test_without_gradients(cls):
-    layer = layer_of(cls)
+def test_without_gradients():
+    layer = layer_of(available()["btt"])
     run, counter = compiled(layer)
     with torch.no_grad():
         for rows in (2, 40, 300):
@@ -75,9 +74,8 @@ def test_without_gradients(cls):
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("kind", ["cp", "tt"])
-def test_frozen_cores(kind):
-    layer = layer_of(available()[kind])
+def test_frozen_cores():
+    layer = layer_of(available()["lowrank"])
     layer.cores.requires_grad_(False)
     for trained in (True, False):
         run, _ = compiled(layer)
@@ -85,9 +83,8 @@ def test_frozen_cores(kind):
             assert_alike(run, layer, torch.randn(rows, 64), trained)
 
 
-@every_format
-def test_small_products_are_operations_of_torch(cls):
-    layer = tl.FactorizedLinear(16, 10, format=cls(2))
+def test_small_products_are_operations_of_torch():
+    layer = tl.FactorizedLinear(16, 10, format=available()["tt"](2))
     graphs = []
 
     def keep(graph, inputs):
@@ -100,7 +97,7 @@ def test_small_products_are_operations_of_torch(cls):
     assert "tensorlayers" not in graph.code
 
 
-@pytest.mark.parametrize("forced", tl.dispatch.decision.NAMES)
+@pytest.mark.parametrize("forced", ["chunks", "rebuild"])
 def test_a_forced_implementation(forced):
     layer = layer_of(available()["tt"], implementation=forced)
     assert_alike(compiled(layer)[0], layer, torch.randn(40, 64))

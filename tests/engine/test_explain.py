@@ -1,5 +1,7 @@
 """explain(layer, x): what it says runs is what runs, and every alternative is there."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ import tensorlayers as tl
 from tensorlayers import KernelError, NetworkError, decision, dispatch, explain, matmul, small
 from tensorlayers.explain import FROZEN, STORED, duration
 from tensorlayers.formats import available
+from tensorlayers.slices import slices
 from tests.engine.support import layer_of
 
 every_format = pytest.mark.parametrize("cls", available().values(), ids=available())
@@ -23,7 +26,7 @@ def seen(monkeypatch):
         original = getattr(matmul, name)
 
         def watched(program, *args, original=original, name=name):
-            found.append((name, groups(program), args[-1]))
+            found.append((name, groups(program), args[3 if name == "forward" else 4]))
             return original(program, *args)
 
         monkeypatch.setattr(matmul, name, watched)
@@ -67,7 +70,7 @@ def test_what_it_says_is_what_runs(cls, forced, seen):
 @pytest.mark.parametrize("rows", ROWS)
 @every_format
 def test_every_alternative_has_an_estimate_or_a_reason(cls, rows):
-    said = explain(layer_of(cls, implementation="contraction"), torch.randn(rows, 64))
+    said = explain(layer_of(cls, implementation="contraction"), torch.randn(rows, 64, requires_grad=True))
     for listed in (said.rows, said.backward):
         assert tuple(row.name for row in listed) == LISTED
         assert [row.name for row in listed if not row.refusal] == ["contraction"]
@@ -94,7 +97,12 @@ def test_small_products(monkeypatch):
     x = torch.randn(4, 16)
     said = explain(layer, x)
     assert said.chosen == small.NAME
-    assert by_name(said.rows)["contraction"].refusal == "small runs"
+    (option,) = (row for row in said.rows if row.refusal == "small runs")
+    for listed in (said.rows, said.backward):
+        (option,) = (row for row in listed if row.refusal == "small runs")
+        taken = by_name(listed)[small.NAME]
+        assert (taken.seconds, taken.cost) == (option.seconds, option.cost)
+        assert option.seconds == min(row.seconds for row in listed if row.name in decision.NAMES and row.cost)
     ran = []
     held = vars(small.small(layer.network))
     monkeypatch.setitem(held, "run", lambda *operands: ran.append(len(operands)) or torch.zeros(4, 10))
@@ -112,6 +120,10 @@ def test_frozen_layers():
     assert said.chosen == FROZEN
     assert said.backward
     assert all(row.refusal for row in said.rows if row.name != FROZEN)
+    # No gradient of the weight, asked for or not.
+    for x in (torch.randn(40, 64, requires_grad=True), torch.randn(40, 64)):
+        for row in explain(layer, x, training=True).backward:
+            assert row.name != FROZEN or row.cost.flops == 2 * 40 * 64 * 48
     layer.unfreeze()
     assert explain(layer, torch.randn(40, 64)).chosen in decision.NAMES
     assert "freeze()" in by_name(explain(layer, torch.randn(40, 64)).rows)[FROZEN].refusal
@@ -121,13 +133,30 @@ def test_frozen_layers():
 def test_stored_activations(mode, stored, seen):
     layer = tl.FactorizedLinear(256, 192, format=tl.LowRank(16), backward=mode)
     x = torch.randn(40, 256)
-    assert (explain(layer, x).chosen == STORED) == stored
+    said = explain(layer, x)
+    assert said.chosen == ("contraction" + STORED if stored else "contraction")
+    if stored:
+        for listed in map(by_name, (said.rows, said.backward)):
+            taken, chain = listed["contraction" + STORED], listed["contraction"]
+            assert (taken.seconds, taken.cost) == (chain.seconds, chain.cost)
     with torch.no_grad():
-        assert explain(layer, x).chosen != STORED
+        assert explain(layer, x).chosen == "contraction"
     layer(x)
     assert bool(seen) == (not stored)  # a plain chain is not carried out by `matmul`
     layer.implementation = "rebuild"
     assert explain(layer, x).chosen == "rebuild"
+
+
+@every_format
+def test_what_is_stored_is_the_program_of_an_option(cls):
+    layer, x = tl.FactorizedLinear(250, 190, format=cls(2), backward="store"), torch.randn(300, 250)
+    said = explain(layer, x)
+    stored = dispatch.stored_program(layer.network, x, None, "store")
+    assert said.chosen.endswith(STORED) == (stored is not None)
+    for listed in (said.rows, said.backward):
+        assert len([row for row in listed if not row.refusal]) == 1
+    if stored is not None:
+        assert expected(layer, 300, said.chosen.removesuffix(STORED)) == ("forward", groups(stored), 0)
 
 
 class TestGradients:
@@ -151,13 +180,61 @@ class TestGradients:
         only_x = by_name(explain(layer, x.requires_grad_()).backward)["rebuild"]
         assert only_x.cost.flops < both.cost.flops > cores.cost.flops
 
+    def test_of_the_dense_layer_too(self):
+        layer, on = layer_of(tl.TT), decision.machine_of(torch.empty(()))
+        seconds = partial(decision.dense_seconds, 48, 64, 300, on)
+        for x, weight in ((True, True), (True, False), (False, True)):
+            layer.cores.requires_grad_(weight)
+            row = by_name(explain(layer, torch.randn(300, 64, requires_grad=x)).backward)[FROZEN]
+            assert row.cost.flops == 2 * 300 * 64 * 48 * (x + weight)
+            assert row.seconds == pytest.approx(seconds(x=x, weight=weight) - seconds())
+
+
+@pytest.mark.parametrize("cls", [tl.TensorRegression, tl.TensorContraction])
+def test_maps_between_tensors(cls, seen):
+    layer, x = cls((8, 6, 6), (7, 6, 4)), torch.randn(30, 5, 8, 6, 6)
+    said = explain(layer, x)
+    assert said.title.startswith(f"{cls.__name__}((8, 6, 6), (7, 6, 4)), ")
+    assert "; 150 rows, " in said.title
+    assert by_name(said.rows)[FROZEN].cost.flops == 2 * 150 * 288 * 168
+    seen.clear()
+    layer(x)
+    (option,) = (
+        o for o in decision.options(layer.network, decision.Task(256), decision.machine_of(x)) if not o.refusal
+    )
+    assert option.name == said.chosen
+    assert seen == [("forward", groups(option.candidate.program), option.candidate.chunk)]
+    for wrong in (torch.randn(5, 288), torch.randn(6, 6), torch.randn(())):
+        with pytest.raises(NetworkError, match=r"dimensions are in_shape = \(8, 6, 6\)"):
+            explain(layer, wrong)
+
+
+def test_slices_are_told():
+    """A Khatri-Rao product that is larger than the dense weight is formed some of the rank at a time."""
+    layer = tl.FactorizedLinear(64, 48, format=tl.CP(600), implementation="merged")
+    said = explain(layer, torch.randn(300, 64))
+    for listed in (said.rows, said.backward):
+        for row in listed:
+            program = expected_program(layer, row.name, cores=listed is said.backward)
+            count = len(slices(layer.network, program)) if row.name == "merged" else 0
+            assert row.note == (f"in {count} slices of bond r" if count else "")
+            assert (count > 1) == (row.name == "merged")
+    assert str(said).count("<- taken, in ") == 2
+    assert "slices" not in str(explain(layer_of(tl.CP, implementation="merged"), torch.randn(300, 64)))
+
+
+def expected_program(layer, name, *, cores):
+    task = decision.Task(256, cores=cores)
+    options = decision.options(layer.network, task, decision.machine_of(torch.empty(())), layer.implementation)
+    return next((o.candidate.program for o in options if o.name == name and o.candidate), None)
+
 
 class TestKernels:
     def test_listed_with_a_reason(self):
         layer = layer_of(tl.CP)
         for kernel in dispatch.KERNELS:
             row = by_name(explain(layer, torch.randn(40, 64)).rows)[kernel.name]
-            assert row.refusal
+            assert row.refusal == "not a tensor train of two cores"  # whatever the device
             assert row.seconds is None
 
     def test_that_runs(self, monkeypatch):
@@ -216,6 +293,13 @@ def test_it_prints():
         assert len(str(explain(layer, torch.zeros(700, 768))).splitlines()) == 2 + len(LISTED)
 
 
+def test_one_of_a_kind():
+    said = str(explain(layer_of(tl.TT), torch.zeros(1, 64)))
+    assert "; 1 row, " in said
+    assert "(1 thread)" in said
+    assert "all rows fit into one chunk" in said
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(1.5e-6, "1.5 us"), (0.9999e-3, "1 ms"), (0.9994e-3, "999 us"), (0.0123, "12.3 ms"), (2.0, "2 s")],
@@ -231,11 +315,16 @@ def test_empty_batches():
 @pytest.mark.parametrize(
     ("layer", "x", "message"),
     [
-        (nn.Linear(64, 48), torch.zeros(2, 64), "FactorizedLinear; got Linear"),
+        (nn.Linear(64, 48), torch.zeros(2, 64), "explain: linear products, those of FactorizedLinear, .*; got Linear"),
         (
             tl.FactorizedConv2d(4, 4, 3, format=tl.CP(2)),
             torch.zeros(1, 4, 8, 8),
-            "FactorizedLinear; got FactorizedConv2d",
+            "explain: linear products, .*; got FactorizedConv2d",
+        ),
+        (
+            tl.FactorizedEmbedding(100, 64, format=tl.CP(2)),
+            torch.zeros(2, dtype=torch.int64),
+            "explain: linear products, .*; got FactorizedEmbedding",
         ),
         (tl.FactorizedLinear(64, 48), torch.zeros(2, 63), r"in_features = 64; got \(2, 63\)"),
         (tl.FactorizedLinear(64, 48), torch.tensor(1.0), r"in_features = 64; got \(\)"),
@@ -243,7 +332,7 @@ def test_empty_batches():
         (tl.FactorizedLinear(64, 48), torch.zeros(2, 64, dtype=torch.float64), "torch.float32; got torch.float64"),
         (tl.FactorizedLinear(64, 48), torch.zeros(2, 64, dtype=torch.int64), "torch.float32; got torch.int64"),
     ],
-    ids=["dense", "convolution", "features", "number", "list", "float64", "integers"],
+    ids=["dense", "convolution", "embedding", "features", "number", "list", "float64", "integers"],
 )
 def test_bad_input_is_refused(layer, x, message):
     with pytest.raises(NetworkError, match=message):

@@ -86,10 +86,17 @@ def test_stored_are_the_activations_of_the_size_of_the_rank():
     assert saved(layer, x) == 40 * 256 * 4
 
 
-def test_padded_features_are_padded_once():
-    layer = tl.FactorizedLinear(251, 192, format=tl.TT(4))
+@pytest.mark.parametrize("name", sorted(available()))
+def test_padded_features_are_not_kept(name):
+    """The very input is: no padded copy, so that a write to it is noticed."""
+    layer = tl.FactorizedLinear(251, 193, format=available()[name](4))
     x = torch.randn(40, 251, requires_grad=True)
-    assert saved(layer, x) == 40 * layer.network.features("in") * 4
+    assert saved(layer, x) == 40 * 251 * 4
+    copied = x * 1
+    y = layer(copied)
+    copied.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_small_layers_keep_their_chain():
@@ -135,15 +142,14 @@ def test_the_modes_are_those_of_the_dispatcher():
     assert set(dispatch._ALLOWED) == set(tl.layers.dispatched.BACKWARDS)
 
 
-@every_format
-def test_no_cache_holds_a_tensor_of_a_layer_that_is_gone(name):
+def test_no_cache_holds_a_tensor_of_a_layer_that_is_gone():
     """Plans, programs and functions are cached by networks; none of them may keep values."""
-    layer = linear(name)
-    x = torch.randn(40, 256, requires_grad=True)
-    gone = [weakref.ref(t) for t in (x, *layer.parameters())]
-    y = layer(x)
-    gone.append(weakref.ref(y))
-    y.square().sum().backward()
-    del layer, x, y
+    gone = []
+    for name in available():
+        layer, x = linear(name), torch.randn(40, 256, requires_grad=True)
+        y = layer(x)
+        y.square().sum().backward()
+        gone += [weakref.ref(tensor) for tensor in (x, y, *layer.parameters())]
+        del layer, x, y
     gc.collect()
     assert all(reference() is None for reference in gone)

@@ -41,12 +41,12 @@ def _times(monkeypatch, forward, training, kind=FactorizedLinear):
 def test_times_are_those_of_the_cost_model(form, rows, typical):
     entry = plan_conversion(_small(), tl.formats.get(form)(0.2), force=True, errors=False, rows=rows)["first"]
     assert entry.seconds(training=False) == (
-        decision.dense_seconds(96, 64, rows, TYPICAL, training=False),
-        decision.predicted(entry.network, Task(rows), TYPICAL),
+        decision.dense_seconds(96, 64, rows, TYPICAL),
+        decision.MARGIN * decision.predicted(entry.network, Task(rows), TYPICAL),
     )
     assert entry.seconds(training=True) == (
-        decision.dense_seconds(96, 64, rows, TYPICAL, training=True),
-        decision.training_seconds(entry.network, rows, TYPICAL),
+        decision.dense_seconds(96, 64, rows, TYPICAL, x=True, weight=True),
+        decision.MARGIN * decision.training_seconds(entry.network, rows, TYPICAL),
     )
 
 
@@ -74,7 +74,9 @@ def test_without_any_estimate_no_time_is_printed():
 
 def test_where_the_constants_come_from(monkeypatch):
     monkeypatch.setattr("tensorlayers.entry.machine", tl.machine.machine)
-    assert str(_plan()).splitlines()[-1] == "by the constants of 'cpu' (1 threads, float32, as shipped)"
+    for count, threads in ((1, "1 thread"), (2, "2 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        assert str(_plan()).splitlines()[-1] == f"by the constants of 'cpu' ({threads}, float32, as shipped)"
     assert str(_plan(device="cuda:1")).splitlines()[-1] == "by the constants of 'cuda' (float32, as shipped)"
 
 
@@ -141,6 +143,11 @@ def test_lookups_that_are_named_are_converted_for_their_memory():
     plan = _plan(nn.Sequential(nn.Embedding(500, 64)), {"0": HALF})
     assert plan.converted == ("0",)
     assert plan["0"].advice == ""
+
+
+def test_one_row_is_no_plural():
+    assert "predicted time of 1 row: " in str(_plan(rows=1))
+    assert "predicted time of 2,048 rows: " in str(_plan(rows=2048))
 
 
 def test_costs_are_stated_for_the_rows_and_the_device_asked_for(monkeypatch):

@@ -1,0 +1,86 @@
+"""The gradients of a contraction, by walking the steps of its plan backwards: each pair's from that of its result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from torch import Tensor
+
+from . import contraction
+from .contraction import Plan
+from .cost import Cost
+
+
+@lru_cache(maxsize=4096)
+def steps_back(plan: Plan) -> tuple[tuple[Plan, Plan], ...]:
+    """For each step, the plans of the gradients of its operands: of the result's gradient and the other operand."""
+    found = []
+    for step in plan.steps:
+        left, right = step.operands
+        of_left = contraction.plan((step.result, right), left, plan.sizes)
+        found.append((of_left, contraction.plan((step.result, left), right, plan.sizes)))
+    return tuple(found)
+
+
+def cost(plan: Plan) -> Cost:
+    """What `gradients` of all operands takes."""
+    again = plan.step_costs()[:-1]
+    return sum((*again, *(back.cost for pair in steps_back(plan) for back in pair)), Cost())
+
+
+def gradients(
+    plan: Plan,
+    operands: Sequence[Tensor],
+    dy: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of the operands of `contraction.execute`; its intermediates are computed again.
+
+    Parameters
+    ----------
+    plan : Plan
+        Of two operands at least. Every index of an operand is one of the result, or of another operand.
+    operands : sequence of Tensor
+    dy : Tensor
+        The gradient of the result.
+    needs : sequence of bool
+        Which are wanted; the others are None.
+
+    Returns
+    -------
+    list of Tensor or None
+        Of the shapes of the operands; views of `dy` where nothing is summed.
+    """
+    if not any(needs):
+        return [None] * len(operands)
+    values: list[Tensor | None] = list(operands)
+    wanted = list(needs)
+    live = list(range(len(operands)))
+    pairs = []
+    for step in plan.steps:
+        right, left = live.pop(step.right), live.pop(step.left)
+        pairs.append((left, right))
+        wanted.append(wanted[left] or wanted[right])
+        live.append(len(values))
+        a, b = values[left], values[right]
+        assert a is not None
+        assert b is not None
+        # Without its last step: the result itself is not needed.
+        values.append(contraction.pair(step, a, b) if step is not plan.steps[-1] else None)
+    found: list[Tensor | None] = [None] * len(values)
+    found[-1] = dy
+    for k in range(len(pairs) - 1, -1, -1):
+        result = len(operands) + k
+        gradient, found[result] = found[result], None
+        if gradient is None:
+            continue
+        both = pairs[k], pairs[k][::-1]
+        for (side, other), back in zip(both, steps_back(plan)[k], strict=True):
+            if wanted[side]:
+                value = values[other]
+                assert value is not None
+                found[side] = contraction.execute(back, (gradient, value))
+            if other >= len(operands):
+                values[other] = None  # that was its last use
+    return found[: len(operands)]
