@@ -26,7 +26,7 @@ from tensorlayers import (
 
 SHAPES = ((768, 3072), (3072, 768), (1024, 4096))
 BATCHES = (1024, 4096, 1)
-MORE: tuple[Format, ...] = (TT(16), TT(32), TT(48), CP(0.1))
+MORE: tuple[Format, ...] = (TT(16), TT(32), TT(48), CP(0.05))
 """Formats of extreme compression at ranks that they are not made for: as much arithmetic as dense, or more."""
 TINY_FORMATS: tuple[Format, ...] = (LowRank(2), TT(2), CP(2), BTT(1), Tucker(2))
 
@@ -89,13 +89,13 @@ def expect_dense(rows: Sequence[Row]) -> None:
 
 
 def alternatives(candidate: Candidate, rows: int) -> list[Candidate]:
-    """The same layer by each implementation that `explain` lists, but for those predicted at 3 times the best or more:
+    """The same layer by each implementation that `explain` lists, but for those predicted at 1.5 times the best or more:
     some would take minutes."""
     assert isinstance(candidate.module, FactorizedLinear)
     listed = explain(candidate.module, torch.empty(rows, candidate.module.in_features)).rows
     seconds = {row.name: row.seconds for row in listed if row.seconds is not None and row.name in dispatch.NAMES}
     found = []
-    for name in (name for name, time in seconds.items() if time < 3 * min(seconds.values())):
+    for name in (name for name, time in seconds.items() if time < 1.5 * min(seconds.values())):
         layer = copy.deepcopy(candidate.module)
         assert isinstance(layer, FactorizedLinear)
         try:

@@ -1,4 +1,4 @@
-"""What a contraction costs: FLOPs and bytes moved. Counts only; no time is predicted from them yet."""
+"""What a contraction costs: FLOPs and elements moved. Counts only; `decision` predicts times."""
 
 from __future__ import annotations
 

@@ -19,12 +19,9 @@ _CHUNK = 256
 """Rows at a time, of a program for all, whose results are to be added to others."""
 
 
-def prepare(program: Program, cores: Sequence[Tensor]) -> list[Tensor]:
-    """The core of each step as a stack of matrices; differentiable."""
-    matrices = []
-    for step in program.steps:
-        matrices.append(_as_matrices(step, _merged(step.group, cores)))
-    return matrices
+def _prepared(program: Program, cores: Sequence[Tensor]) -> list[Tensor]:
+    """The core of each step as a stack of matrices."""
+    return [_as_matrices(step, _merged(step.group, cores)) for step in program.steps]
 
 
 def _as_matrices(step: Step, core: Tensor) -> Tensor:
@@ -82,7 +79,7 @@ def forward(
     if added is None and (not chunk or x.shape[0] <= chunk):
         return codegen.compiled(program)(x, cores, bias)
     chunk = chunk or _CHUNK
-    matrices = prepare(program, cores)
+    matrices = _prepared(program, cores)
     y = x.new_empty(x.shape[0], program.features) if added is None else added
     space = _Space(x)
     last = len(program.steps) - 1
@@ -152,7 +149,7 @@ def gradients(
     list of Tensor or None
         Of the shapes of x and of the cores. The sum over chunks is in the order of the rows: deterministic.
     """
-    matrices = prepare(program, cores)
+    matrices = _prepared(program, cores)
     wanted = [any(needs[1 + k] for k in step.group.cores) for step in program.steps]
     dx = None
     if needs[0]:

@@ -34,7 +34,7 @@ class Small:
     @cached_property
     def run(self) -> codegen.Run:
         """(rows, cores, bias or None) -> result."""
-        # So few rows take the same program everywhere: that of the fewest operations.
+        # So few rows take the same program everywhere, by the constants of the CPU.
         task = Task(decision.rows_class(min(self.rows, 16)))
         return codegen.compiled(decision.decide(self.network, task, machine("cpu")).program)
 

@@ -16,6 +16,9 @@ WALKED = 8
 """Launches that it takes as long as to walk one step for gradients, beside its products: forward runs generated code,
 `matmul.gradients` decides for each step anew."""
 
+TURNED = 1.4
+"""How much longer a product of a core with a matrix of rows takes where the rows are read transposed."""
+
 
 class Way(NamedTuple):
     """A way to see the rows and the core of a group as stacks of matrices, whose products are a step.
@@ -158,7 +161,10 @@ class StepCosts:
             compute += self.copy(taken) if copied else 0.0
             compute += self.copy(self.repeats(way, sizes) * self.task.itemsize)
         if products.ahead:
-            compute += self._product(way, h * a, r, s, n)
+            # A core on the left of rows that are read transposed is their product with it on the right, and worse.
+            turned = way.left and permuted and not copied and self.is_plain(way, sizes)
+            ahead = TURNED * self.machine.product(1, r, s, n, self.task.dtype) if turned else 0.0
+            compute += max(ahead, self._product(way, h * a, r, s, n))
             moved += taken + left
         if products.core:
             seconds, apart = self._core_gradient(way, sizes) if repeated else (self._product(way, h * a, s, r, n), True)

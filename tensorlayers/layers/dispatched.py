@@ -38,7 +38,8 @@ class DispatchedLayer(FactorizedLayer):
         """What is kept for the backward pass.
 
         ``"recompute"``, the default: the input alone. ``"store"``: activations of the size of the ranks too, where
-        the dispatcher finds them small. ``"auto"``: those, as long as no more is kept than a dense layer keeps.
+        the dispatcher finds them small. ``"auto"``: those, as long as all that is kept is at most 1.1 times
+        the input.
         """
         return self._backward
 
