@@ -89,8 +89,8 @@ def expect_dense(rows: Sequence[Row]) -> None:
 
 
 def alternatives(candidate: Candidate, rows: int) -> list[Candidate]:
-    """The same layer by each implementation that `explain` lists, but for those predicted at 1.5 times the best or more:
-    some would take minutes."""
+    """The same layer by each implementation that `explain` lists, but for those predicted at 1.5 times the best or
+    more: some would take minutes."""
     assert isinstance(candidate.module, FactorizedLinear)
     listed = explain(candidate.module, torch.empty(rows, candidate.module.in_features)).rows
     seconds = {row.name: row.seconds for row in listed if row.seconds is not None and row.name in dispatch.NAMES}
