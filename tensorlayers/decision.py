@@ -13,6 +13,7 @@ from torch import Tensor
 from .lowering import candidates, chunked
 from .machine import Machine, machine
 from .network import Network
+from .precision import name_of
 from .program import Candidate, Task
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
@@ -63,8 +64,7 @@ def rows_class(rows: int) -> int:
 
 def task_for(x: Tensor, *, x_gradient: bool = False, core_gradients: bool = False) -> Task:
     """The task of rows like these (the first dimension), by their class."""
-    dtype = str(x.dtype).removeprefix("torch.")
-    return Task(rows_class(x.shape[0]), x_gradient, core_gradients, dtype, x.dtype.itemsize)
+    return Task(rows_class(x.shape[0]), x_gradient, core_gradients, name_of(x.dtype), x.dtype.itemsize)
 
 
 def options(network: Network, task: Task, on: Machine, forced: str | None = None) -> tuple[Option, ...]:

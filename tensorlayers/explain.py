@@ -15,7 +15,7 @@ from .errors import NetworkError
 from .layers import FactorizedLayer, FactorizedLinear, TensorContraction, TensorRegression
 from .machine import Machine
 from .network import Network
-from .precision import cast_for_autocast
+from .precision import cast_for_autocast, name_of
 from .program import Candidate, Task
 from .slices import slices
 
@@ -155,7 +155,7 @@ def explain(layer: FactorizedLayer, x: Tensor, *, training: bool | None = None) 
     needs = x.requires_grad, any(core.requires_grad for core in layer.cores)
     if training is None:
         training = torch.is_grad_enabled() and any(needs)
-    task = Task(count, dtype=str(given.dtype).removeprefix("torch."), itemsize=given.dtype.itemsize)
+    task = Task(count, dtype=name_of(given.dtype), itemsize=given.dtype.itemsize)
     of_x, of_cores = needs if any(needs) else (True, not layer.frozen)
     taken = _overriding(layer, rows, training)
     sides = ", ".join(str(side if len(side) > 1 else side[0]) for side in (shape, _shape(layer, "out")))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .errors import CostModelError
 from .machine import Machine, product_seconds
+from .precision import name_of
 from .timing import Clock, fastest
 
 DTYPES = (torch.float64, torch.bfloat16, torch.float16)
@@ -257,7 +258,7 @@ def measure_dtypes(device: torch.device, clock: Clock, repeats: int, on: Machine
         cases = {product: product.prepared(device, dtype) for product in large}
         times = once if once[probe] > limit else fastest(cases, clock, repeats)
         rates = sorted(_rate(product, time, on, dtype.itemsize) for product, time in times.items())
-        found[str(dtype).removeprefix("torch.")] = rates[len(rates) // 2]
+        found[name_of(dtype)] = rates[len(rates) // 2]
     return found
 
 

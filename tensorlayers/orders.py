@@ -13,9 +13,6 @@ from .machine import Machine
 from .network import Network
 from .program import Task
 
-VARIANTS = ("contraction", "merged", "rebuild")
-"""How cores are grouped: each by itself, some multiplied first, or all of them: the dense weight."""
-
 Order = tuple[tuple[int, ...], ...]
 """The groups of cores, in the order in which they meet the rows."""
 
@@ -53,7 +50,8 @@ class Orders:
         self.indices = cache(self._indices)
         self.merging = cache(self._merging)
         self.found = self._search()
-        """For each variant that exists, the orders with the least estimate, best first."""
+        """For each variant that exists, the orders with the least estimate, best first. It says how cores are grouped:
+        "contraction", each by itself; "merged", some multiplied first; "rebuild", all of them, to the dense weight."""
 
     def _channels(self, done: frozenset[int]) -> frozenset[str]:
         """The indices of the rows once these cores have met them."""

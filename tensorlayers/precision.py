@@ -11,6 +11,11 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that a factorized layer can have."""
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype as the constants of a machine name it: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def at_least_single(dtype: torch.dtype) -> torch.dtype:
     """What sums over many are taken in: float32 for half precision, else the dtype itself."""
     return torch.promote_types(dtype, torch.float32)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .. import autograd
 from ..errors import NetworkError
 from .kind import LayerKind
 
@@ -155,7 +156,7 @@ class Freezable(nn.Module, LayerKind):
         if not is_any_frozen():
             return None
         state = _current(self)
-        if state is None or _is_traced():
+        if state is None or autograd.is_traced() or autograd.is_jit_traced():
             return None
         slots = state.dense._parameters
         if "bias" in slots:
@@ -339,15 +340,6 @@ def _release(layer: Freezable) -> None:
         held.layers.discard(layer)
         if held.wanted and not held.layers:
             held.parameter.requires_grad_(True)
-
-
-def _is_traced() -> bool:
-    """Whether operations are recorded, or tensors stand for others."""
-    return (
-        torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-    )
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

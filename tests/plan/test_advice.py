@@ -17,7 +17,7 @@ from tensorlayers.advice import Asked, advise
 from tensorlayers.cost import SLOWER
 from tensorlayers.entry import SMALL, TINY
 from tensorlayers.errors import CostModelError, FormatError, NetworkError
-from tests.machine import IDEAL, TYPICAL, predict
+from tests.machine import IDEAL, TYPICAL
 from tests.plan.support import _plan, every_format
 
 SETTINGS = (("in_features", 768), ("out_features", 384))
@@ -25,14 +25,7 @@ ASKED = Asked("linear", SETTINGS, TT(0.1), None, 1024, TYPICAL, True)
 PIECE = re.compile(r"(up to )?(\w+\(.*\)) \((\d+\.\d\d) x the (time|MACs)\)")
 
 
-@pytest.fixture(autouse=True)
-def _ideal(monkeypatch):
-    predict(monkeypatch, IDEAL)
-
-
-@pytest.fixture
-def typical(monkeypatch):
-    predict(monkeypatch, TYPICAL)
+pytestmark = pytest.mark.usefixtures("ideal")
 
 
 @pytest.fixture

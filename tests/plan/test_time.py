@@ -12,18 +12,10 @@ from tensorlayers.cost import SLOWER
 from tensorlayers.entry import Work
 from tensorlayers.errors import ConversionError
 from tensorlayers.program import Task
-from tests.machine import IDEAL, TYPICAL, predict
+from tests.machine import IDEAL, TYPICAL
 from tests.plan.support import HALF, _plan, _small, every_format
 
-
-@pytest.fixture(autouse=True)
-def _ideal(monkeypatch):
-    predict(monkeypatch, IDEAL)
-
-
-@pytest.fixture
-def typical(monkeypatch):
-    predict(monkeypatch, TYPICAL)
+pytestmark = pytest.mark.usefixtures("ideal")
 
 
 def _times(monkeypatch, forward, training, kind=FactorizedLinear):
