@@ -76,7 +76,7 @@ class _Lowering:
             for layout, (seconds, steps) in layouts.items():
                 for way in self._ways(layout, done, group):
                     priced = self.cost.priced(layout, way, products)
-                    total = seconds + self.cost.seconds(priced) + priced.fixed * self.rows / self.task.rows
+                    total = seconds + priced.work.seconds + priced.fixed * self.rows / self.task.rows
                     if last and priced.leaves != self.of.leaving:
                         total += self.cost.copy(self.cost.bytes(priced.leaves))
                     if total > most:
@@ -117,11 +117,11 @@ class _Lowering:
         features = self.network.features("out")
         program = Program(made, self._open(layout), order, features, held // rows, copies, rows == 1)
         parts = task.rows / rows
-        largest = max((p.largest for p in steps[:-1]), default=0)
+        largest = max((p.left for p in steps[:-1]), default=0)
         moved = sum(p.work.moved for p in steps) + (2 * self.cost.bytes(layout) if order else 0)
         chained = Cost(int(sum(p.work.flops for p in steps) * parts), int(moved * parts) // task.itemsize)
         fixed = sum((self._merged(step.group) for step in made), Cost(0, sum(p.read for p in steps) // task.itemsize))
-        seconds = sum(parts * self.cost.seconds(p) for p in steps) + sum(p.fixed for p in steps)
+        seconds = sum(parts * p.work.seconds for p in steps) + sum(p.fixed for p in steps)
         seconds += parts * (self.cost.copy(self.cost.bytes(layout)) if order else 0.0)
         seconds += self.cost.ends()
         launches = int(sum(p.work.launches for p in steps) * math.ceil(parts))

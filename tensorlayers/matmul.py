@@ -89,12 +89,14 @@ def forward(
             rows = _matrices(step, rows)
             shape = _shape(step, rows, core)
             direct = k == last and not program.order and added is None
-            rows = _times(step, rows, core, into.view(shape) if direct else space.take(k, shape))
+            out = into.view(shape) if direct else space.take(k, shape)
+            biased = direct and bias is not None and not step.left and shape == into.shape
+            rows = torch.addmm(bias, rows, core, out=out) if biased else _times(step, rows, core, out)
         if added is not None:
             into += _result(program, rows)
         elif program.order:
             into.copy_(_result(program, rows))
-        if bias is not None:
+        if bias is not None and not biased:
             into += bias
     return y
 
@@ -231,8 +233,13 @@ def _inverse(order: Sequence[int]) -> list[int]:
 
 
 def _add(step: Step, total: Tensor | None, rows: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of a step's core from one chunk, added to those before in single precision at least."""
+    """The gradient of a step's core from one chunk, added to those before in single precision at least.
+
+    Of the core as it is stored, before it is transposed: so no copy is needed, and a tall result is the faster one.
+    """
     left, right = (gradient, rows.mT) if step.left else (rows.mT, gradient)
+    if step.core_transposed:
+        left, right = right.mT, left.mT
     wide = at_least_single(rows.dtype)
     if not step.repeated:
         multiply, accumulate = (torch.mm, torch.addmm) if rows.dim() == 2 else (torch.bmm, torch.baddbmm)
@@ -259,9 +266,8 @@ def _joined(step: Step, matrices: Tensor) -> Tensor:
 def _core_gradients(
     step: Step, total: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]
 ) -> Iterator[tuple[int, Tensor]]:
-    """The gradients of the cores of a group, from that of the matrices of their product."""
+    """The gradients of the cores of a group, from that of their product as `_add` leaves it."""
     group = step.group
-    total = total.mT if step.core_transposed else total
     if step.core_order:
         total = _unordered(total, group.sizes, step.core_order)
     total = total.reshape(group.sizes)

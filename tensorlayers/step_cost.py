@@ -16,6 +16,9 @@ WALKED = 8
 """Launches that it takes as long as to walk one step for gradients, beside its products: forward runs generated code,
 `matmul.gradients` decides for each step anew."""
 
+CHUNKED = 1.05
+"""How much longer products take of some rows at a time than of all: BLAS packs the core anew for each."""
+
 TURNED = 1.4
 """How much longer a product of a core with a matrix of rows takes where the rows are read transposed."""
 
@@ -84,18 +87,23 @@ class Sizes(NamedTuple):
 
 
 class Products(NamedTuple):
-    """Which products of a step are computed: its result, the gradient of its rows, the gradient of its core."""
+    """Which products of a step are computed: its result, the gradient of its rows, the gradient of its core.
+
+    And whether the step is the first, or the last: the rows that come in there, or go out, are `StepCosts.ends`.
+    """
 
     ahead: bool
     back: bool
     core: bool
+    first: bool
+    last: bool
 
 
 class Work(NamedTuple):
     """What the products of a step take, for the rows of one chunk."""
 
-    compute: float  # seconds of arithmetic, and of copies into another order
-    moved: int  # bytes between steps
+    seconds: float
+    moved: int  # bytes, those of `StepCosts.ends` among them
     flops: int
     launches: float
     summed_apart: bool = True  # as of a `Step`
@@ -111,7 +119,6 @@ class Priced(NamedTuple):
     fixed: float  # seconds that do not depend on the rows
     read: int  # bytes of the core
     left: int  # elements of what it leaves
-    largest: int  # elements of the larger of what it takes and leaves
 
 
 class StepCosts:
@@ -120,6 +127,7 @@ class StepCosts:
     def __init__(self, of: Orders, chunk: int = 0) -> None:
         self.of, self.task, self.machine = of, of.task, of.machine
         self.rows = chunk or of.task.rows
+        self.slowed = CHUNKED if chunk else 1.0
         self.size = {**of.size, BATCH: self.rows}
         self.core = cache(self._core)
         self.viewable = cache(self._viewable)
@@ -132,8 +140,8 @@ class StepCosts:
     def products(self, *, first: bool, last: bool) -> Products:
         """The products of a step that the task asks for."""
         if self.task.forward:
-            return Products(ahead=True, back=False, core=False)
-        return Products(self.task.cores and not last, self.task.x or not first, self.task.cores)
+            return Products(True, False, False, first, last)
+        return Products(self.task.cores and not last, self.task.x or not first, self.task.cores, first, last)
 
     def priced(self, layout: Indices, way: Way, products: Products) -> Priced:
         sizes, core, itemsize = self.sizes(way), self.core_of(way), self.task.itemsize
@@ -143,63 +151,69 @@ class StepCosts:
         fixed = read / self.reading + (self.copy(weight) if core.copied else 0.0)
         fixed += self.of.merging(way.group, core.indices)
         leaves = (*way.batch, *way.result[0], *way.result[1])
-        largest = max(sizes.taken, sizes.left) // itemsize
-        return Priced(layout, leaves, way, work, fixed, read, sizes.left // itemsize, largest)
+        return Priced(layout, leaves, way, work, fixed, read, sizes.left // itemsize)
 
     def _work(self, layout: Indices, way: Way, sizes: Sizes, core: Core, products: Products) -> Work:
         h, a, r, s, n, taken, left = sizes
+        itemsize, forward = self.task.itemsize, self.task.forward
         permuted, repeated = layout != way.wanted, self.is_repeated(way, sizes)
         copied = permuted and not self.viewable(layout, (way.batch, *way.rows))
         views = permuted + bool(core.order) + repeated + (core.shape != tuple(self.size[i] for i in core.indices))
         views += len(layout) != (2 if self.is_plain(way, sizes) else 3)
         launches = 1 + copied + views / 4  # a view takes about a quarter of the time of a product
-        compute, moved, apart = 0.0, 0, True
+        seconds, apart = 0.0, True
         if products.back:
-            compute += self._product(way, h * a, r, n, s) + (self.copy(taken) if permuted else 0.0)
-            moved += taken + left
+            seconds += self._product(way, h * a, r, n, s) + (self.copy(taken) if permuted else 0.0)
         if products.ahead or products.core:
-            compute += self.copy(taken) if copied else 0.0
-            compute += self.copy(self.repeats(way, sizes) * self.task.itemsize)
+            seconds += self.copy(taken) if copied else 0.0
+            seconds += self.copy(self.repeats(way, sizes) * itemsize)
         if products.ahead:
             # A core on the left of rows that are read transposed is their product with it on the right, and worse.
             turned = way.left and permuted and not copied and self.is_plain(way, sizes)
             ahead = TURNED * self.machine.product(1, r, s, n, self.task.dtype) if turned else 0.0
-            compute += max(ahead, self._product(way, h * a, r, s, n))
-            moved += taken + left
+            seconds += max(ahead, self._product(way, h * a, r, s, n))
         if products.core:
-            seconds, apart = self._core_gradient(way, sizes) if repeated else (self._product(way, h * a, s, r, n), True)
-            compute += seconds
-            moved += taken + left + 2 * h * s * n * self.task.itemsize
+            product, apart = self._core_gradient(way, sizes) if repeated else (self._product(way, h * a, s, r, n), True)
+            seconds += product
             launches += 2 * repeated
-        if not self.task.forward:
+        if not forward:
             launches = launches * (1 + products.core + products.ahead) + WALKED
-        return Work(compute, moved, sum(products) * 2 * h * a * r * s * n, launches, apart)
+        uses = products.ahead + products.back + products.core
+        read, weight = uses - products.core, h * s * n * itemsize
+        # Each time that something is used it is read or written; what comes in and goes out is in `ends` once.
+        of_taken, of_left = uses, uses
+        if products.first:
+            of_taken -= 1 if forward else self.task.x + products.core
+        if products.last and (*way.batch, *way.result[0], *way.result[1]) == self.of.leaving:
+            of_left -= 1
+        seconds += of_taken * taken / self._bandwidth(taken) + of_left * left / self._bandwidth(left)
+        seconds += (read + 2 * products.core) * weight / self.machine.cached  # for each chunk
+        seconds += launches * self.machine.launch
+        moved = uses * (taken + left) + 2 * products.core * weight
+        return Work(seconds, moved, 2 * uses * h * a * r * s * n, launches, apart)
 
     def _core_gradient(self, way: Way, sizes: Sizes) -> tuple[float, bool]:
         """Seconds for the gradient of a repeated core, and whether that is by one product for each repetition."""
         h, a, r, s, n, taken, left = sizes
         apart = self._product(way, h * a, s, r, n)
-        apart += 2 * h * a * s * n * self.task.itemsize / self._bandwidth(h * a * s * n)
+        each = h * a * s * n * self.task.itemsize
+        apart += 2 * each / self._bandwidth(each)
         joined = self._product(way, h, s, r * a, n)
         joined += self.copy(taken) + self.copy(left)
         return min(apart, joined), apart <= joined
 
     def _product(self, way: Way, batch: int, m: int, k: int, n: int) -> float:
         """Seconds of (m, k) by (k, n) products where the core stands on the right; on the left all is transposed."""
-        return self.machine.product(batch, *((n, k, m) if way.left else (m, k, n)), self.task.dtype)
+        return self.slowed * self.machine.product(batch, *((n, k, m) if way.left else (m, k, n)), self.task.dtype)
 
-    def seconds(self, priced: Priced) -> float:
-        work = priced.work
-        return work.compute + work.moved / self._bandwidth(priced.largest) + work.launches * self.machine.launch
-
-    def _bandwidth(self, elements: int) -> float:
-        """Bytes/s at which an intermediate of this size is written and read again."""
-        fits = elements * self.task.itemsize <= self.machine.cache
-        return self.machine.cached if fits else self.machine.memory
+    def _bandwidth(self, size: int) -> float:
+        """Bytes/s at which an intermediate of so many bytes is written and read again."""
+        return self.machine.cached if size <= self.machine.cache else self.machine.memory
 
     def copy(self, size: int) -> float:
         """Seconds that a copy of this many bytes into another order takes."""
-        return 2 * size / self.machine.permuted
+        waiting = 2 * size / self.machine.memory if size > self.machine.cache else 0.0
+        return 2 * size / self.machine.permuted + waiting
 
     def bytes(self, layout: Indices) -> int:
         return volume(layout, self.size) * self.task.itemsize
@@ -227,8 +241,10 @@ class StepCosts:
     def ends(self) -> float:
         """Seconds of what comes in and goes out: it passes through memory once, in chunks or not."""
         of, task = self.of, self.task
-        elements = volume(of.entering, of.size) + volume(of.leaving, of.size)
-        return elements * task.itemsize * (1 if task.forward else 2) / self._bandwidth(elements)
+        entering, leaving = (volume(indices, of.size) * task.itemsize for indices in (of.entering, of.leaving))
+        # For gradients: dy, and of the rows and of their gradient what is asked for.
+        passed = leaving + entering * (1 if task.forward else task.cores + task.x)
+        return passed / self._bandwidth(passed)
 
     def core_of(self, way: Way) -> Core:
         return self.core(way.group, way.left, way.shared, way.summed, way.brought)

@@ -60,7 +60,8 @@ def test_what_is_said_to_pay_is_predicted_to(format, training):
     # Within a tenth, and then rounded down to a multiple of 4.
     assert asked.cost(asked.network(dataclasses.replace(format, rank=math.ceil(1.1 * (largest.rank + 3)) + 1))) > 1
     assert largest.rank < 8 or largest.rank % 4 == 0
-    assert [type(found) is type(format) for found, *_ in others] == [True, False]
+    same = [type(found) is type(format) for found, *_ in others]  # with other modes; those may not pay in training
+    assert same == [True, False] or (training and same == [False])
     for found, cost, by in others:
         assert asked.network(found).num_parameters <= network.num_parameters
         assert f"{asked.cost(asked.network(found)):.2f}" == f"{cost:.2f}"
