@@ -14,9 +14,10 @@ from .machine import Machine
 VECTOR = 16
 """Channels that fill a vector register of float32. Groups of fewer are convolved at other rates."""
 
-MARGIN = 1.25
-"""What the prediction of a plan is raised by: it errs by less in nine of ten convolutions, and is to err to the slow
-side, since a layer that it finds fast is converted."""
+MARGIN, LARGE = 1.25, 2**16
+"""What the prediction of a plan is raised by, for a dense weight of more elements: it errs by less in nine of ten
+convolutions, and is to err to the slow side, since a layer that it finds fast is converted. With a smaller one there
+is little time to lose, and only what is likely slower is to stay dense."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,11 @@ def seconds(convolution: Convolution, machine: Machine, itemsize: int = 4) -> tu
         back += 2 * rate["back_narrow"] * work
     forward = slower * (work + copies) + rate["launch"]
     return forward, slower * (back + 2 * copies) + 2 * rate["launch"]
+
+
+def margin(weights: int) -> float:
+    """What the prediction of a convolution of so many dense weights is raised by."""
+    return MARGIN if weights > LARGE else 1.0
 
 
 def _registers(channels: int) -> int:

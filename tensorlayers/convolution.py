@@ -125,7 +125,7 @@ class ConvPlan:
         return self.cost.macs
 
     def seconds(self, on: Machine, positions: int, training: bool = False, itemsize: int = 4) -> float:
-        """The predicted time, with a margin.
+        """The predicted time, without a margin.
 
         Parameters
         ----------
@@ -147,7 +147,7 @@ class ConvPlan:
             around = conv_cost.around(math.prod(step.weight_shape), on, itemsize)
             again = 0.0 if step is self.steps[-1] else forward
             total += forward + merging + around + (again + back + 3 * (merging + around) if training else 0.0)
-        return conv_cost.MARGIN * total
+        return total
 
 
 @lru_cache(maxsize=4096)

@@ -19,9 +19,10 @@ ROWS = 1024
 """Rows in the batch that costs are stated for, where nothing else is said."""
 
 SMALL = 2**16
-"""Weights up to which a layer has no estimate of its time at `ROWS`: it would be one of what launches of operations
-cost, and that depends on what surrounds the layer more than on the layer. MACs decide there. Of a grouped convolution
-it counts what it would have without groups."""
+"""Weights of a linear layer up to which it has no estimate of its time at `ROWS`: that would be one of what launches of
+operations cost, and depends on what surrounds the layer more than on the layer. MACs decide there. For other kinds it
+goes with the time of their launches and with their rows; of a grouped convolution it counts what it would have without
+groups."""
 
 TINY = 2**8
 """Weights below which a factorized layer is slower at `ROWS` whatever its MACs: it is launches alone."""
@@ -161,7 +162,10 @@ class Entry:
     @property
     def is_timed(self) -> bool:
         """Whether its time can be predicted: the shape is known, and it is not `SMALL`."""
-        return bool(self.settings) and (self.work.rows != ROWS or self._ungrouped > SMALL)
+        if not self.settings or self.work.rows != ROWS:
+            return bool(self.settings)
+        kind = layer_type(self.layer)
+        return self._ungrouped * kind.positions > SMALL * kind.overhead
 
     def seconds(self, *, training: bool) -> tuple[float, float] | None:
         """The predicted time on `rows` rows, before and after, of a forward or of a whole training step.

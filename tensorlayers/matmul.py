@@ -90,13 +90,13 @@ def forward(
             shape = _shape(step, rows, core)
             direct = k == last and not program.order and added is None
             out = into.view(shape) if direct else space.take(k, shape)
-            biased = direct and bias is not None and not step.left and shape == into.shape
-            rows = torch.addmm(bias, rows, core, out=out) if biased else _times(step, rows, core, out)
+            with_bias = bias if direct and not step.left and shape == into.shape else None
+            rows = _times(step, rows, core, out) if with_bias is None else torch.addmm(with_bias, rows, core, out=out)
         if added is not None:
             into += _result(program, rows)
         elif program.order:
             into.copy_(_result(program, rows))
-        if bias is not None and not biased:
+        if bias is not None and with_bias is None:
             into += bias
     return y
 

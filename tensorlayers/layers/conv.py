@@ -31,6 +31,7 @@ class _FactorizedConv(DispatchedLayer):
     """What all convolutions share. `_settings` are torch's own attributes, in the order of its constructor."""
 
     positions: ClassVar[int] = 16
+    overhead: ClassVar[int] = 8
 
     _settings: ClassVar[tuple[str, ...]]
     transposed: ClassVar[bool] = False
@@ -169,7 +170,8 @@ class _FactorizedConv(DispatchedLayer):
         """The predicted time of the factorized layer, of `rows` as in `dense_cost`; borders are not counted."""
         positions = cls._positions(settings, rows)
         classed = contraction.batch_class(positions, convolution.POSITIONS_CLASSES)
-        return cls._plan(network, settings, classed).seconds(machine, positions, training, itemsize)
+        margin = conv_cost.margin(math.prod(cls.shape_of(settings)))
+        return margin * cls._plan(network, settings, classed).seconds(machine, positions, training, itemsize)
 
     @classmethod
     def _positions(cls, settings: Mapping[str, Any], rows: int) -> int:

@@ -42,6 +42,8 @@ class LayerKind(ABC):
     """The layers of torch that this kind can replace."""
     positions: ClassVar[int] = 1
     """Rows that this kind's costs are stated for, to each row of a linear layer."""
+    overhead: ClassVar[int] = 1
+    """How many times as long as an operation of a linear layer it takes to launch one of this kind's, roughly."""
 
     @classmethod
     @abstractmethod

@@ -3,11 +3,12 @@
 import dataclasses
 
 import pytest
+import torch
 
 import tensorlayers as tl
-from tensorlayers import CP, LowRank, Tucker, conv_cost
+from tensorlayers import BTT, CP, LowRank, Tucker, conv_cost, convolution
 from tensorlayers.conv_cost import Convolution
-from tensorlayers.machine import machine
+from tensorlayers.machine import machine, shipped
 from tensorlayers.measure_conv import measure_conv
 from tests.conv.support import FORMATS, every_kind, example
 
@@ -85,3 +86,21 @@ def test_every_rate_is_measured_here():
     found = measure_conv(repeats=1)
     assert found.keys() == conv_cost.rates(machine("cpu")).keys()
     assert all(rate > 0 for rate in found.values())
+
+
+def test_a_small_convolution_is_timed_without_a_margin_and_a_smaller_one_is_not(monkeypatch):
+    """64 channels work long enough that a format in narrow groups is seen to lose; 32 do not."""
+    monkeypatch.setattr("tensorlayers.entry.machine", shipped)
+    small = torch.nn.Conv2d(64, 64, 3, padding=1)
+    entry = tl.plan_conversion(torch.nn.Sequential(small), BTT(12), errors=False)["0"]
+    assert not entry.converted
+    assert "the time of a training step" in entry.reason
+    entry = tl.plan_conversion(torch.nn.Sequential(small), LowRank(0.5), errors=False)["0"]
+    assert entry.converted
+    before, after = entry.seconds(training=True)
+    layer = tl.FactorizedConv2d(64, 64, 3, padding=1, format=LowRank(0.5))
+    classed = convolution.conv_plan(layer.network, (3, 3), (1, 1), (), False, 4096)
+    assert after == classed.seconds(entry.work.machine, entry.rows, training=True)
+    assert after < 1.05 * before
+    smaller = tl.plan_conversion(torch.nn.Sequential(torch.nn.Conv2d(32, 32, 3)), BTT(6), errors=False)["0"]
+    assert smaller.seconds(training=True) is None
