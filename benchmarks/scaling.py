@@ -55,13 +55,14 @@ def run(seconds: float, quick: bool) -> Iterator[list[Row]]:
 def slopes(against: str, lines: dict[str, Line]) -> list[Row]:
     """How time grows along each line: the slope, and how much faster than the work at most from one row to the next.
 
-    By the least times: those of different batches were not taken in turn, and medians differ with the machine's load.
+    Time is in multiples of the dense layer's for a row: that of fresh memory, which a large batch takes from the system
+    at each call, and the machine's load show in both.
     """
     found = []
     for name, line in lines.items():
         row = Row(f"time against {against}", name)
         for kind in KINDS:
-            timed = [(work, r.figures[kind].least or 0.0) for work, r in line if kind in r.figures]
+            timed = [(work, r.figures[kind].value * r.facts.get("batch", 1)) for work, r in line if kind in r.figures]
             if len(timed) > 1:
                 steps = [b[1] / a[1] / (b[0] / a[0]) for a, b in pairwise(timed)]
                 row.figures[f"{kind}_slope"] = Figure(slope(timed))

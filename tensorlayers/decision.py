@@ -86,7 +86,12 @@ def _options(network: Network, task: Task, on: Machine, forced: str | None, thre
         "rebuild": "a single core is the dense weight itself",
     }
     existing = {name: candidate for name, candidate in found.items() if candidate}
-    best = min(existing, key=lambda name: existing[name].seconds)
+    # Little memory is no matter; else a step of training is to take no more than dense's and once more its weight.
+    most = max(network.features("in") * network.features("out"), on.cache // task.itemsize)
+    held = {name: c.program.intermediate * task.rows for name, c in existing.items() if not c.chunk}
+    large = {name for name, elements in held.items() if elements > most}
+    allowed = [name for name in existing if name not in large] or list(existing)
+    best = min(allowed, key=lambda name: existing[name].seconds)
     chosen = forced if forced in existing else best
     listed = []
     for name, candidate in found.items():
@@ -96,6 +101,8 @@ def _options(network: Network, task: Task, on: Machine, forced: str | None, thre
             refusal = ""
         elif forced in existing:
             refusal = f"{forced!r} is demanded"
+        elif name in large:
+            refusal = f"{held[name] * task.itemsize / 1e6:.0f} MB between its steps"
         else:
             times = candidate.seconds / existing[best].seconds
             refusal = f"predicted {times:.2f} x the time of {best}"

@@ -18,6 +18,7 @@ from .machine import Machine
 from .network import Network
 from .orders import Order, Orders, orders
 from .program import Candidate, Group, Program, Step, Task
+from .slices import slices
 from .step_cost import Indices, Priced, StepCosts, Way, permutation
 
 _LAYOUTS = 16  # layouts kept after each step
@@ -111,9 +112,13 @@ class _Lowering:
         of, task, rows = self.of, self.task, self.rows
         order = permutation(layout, of.leaving)
         made = tuple(self._step(p) for p in steps)
-        held = sum(p.left for p in steps[:-1]) + sum(self.cost.repeats(p.way, self.cost.sizes(p.way)) for p in steps)
+        volume, left = self.cost.volume, sum(p.left for p in steps[:-1])
+        held = left + sum(self.cost.repeats(p.way, self.cost.sizes(p.way)) for p in steps)
+        held += sum(volume(p.layout) for p in steps if p.work.copied) + (volume(layout) if order else 0)
+        if not task.forward:
+            held += left + sum(volume(p.layout) for p in steps if p.layout != p.way.wanted)
         cores = [self.cost.core_of(p.way) for p in steps]
-        copies = sum(self.cost.volume(core.indices) for core in cores if core.copied)
+        copies = sum(volume(core.indices) for core in cores if core.copied)
         features = self.network.features("out")
         program = Program(made, self._open(layout), order, features, held // rows, copies, rows == 1)
         parts = task.rows / rows
@@ -123,7 +128,8 @@ class _Lowering:
         fixed = sum((self._merged(step.group) for step in made), Cost(0, sum(p.read for p in steps) // task.itemsize))
         seconds = sum(parts * p.work.seconds for p in steps) + sum(p.fixed for p in steps)
         seconds += parts * (self.cost.copy(self.cost.bytes(layout)) if order else 0.0)
-        seconds += self.cost.ends()
+        # Of a sum over slices, each but the first reads the rows again, and reads and writes the result.
+        seconds += self.cost.ends() * max(1, 2 * len(slices(self.network, program)) - 1)
         launches = int(sum(p.work.launches for p in steps) * math.ceil(parts))
         return Candidate(program, self.chunk, chained + fixed, fixed, seconds, launches, largest)
 

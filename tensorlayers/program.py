@@ -114,7 +114,8 @@ class Program:
     features : int
         Of a row of the result.
     intermediate : int
-        Elements that the steps but the last leave, and that the repetitions of cores take, for a row.
+        Elements of a row that lie between the steps, that their gradients take if any are asked for, copies into
+        another order and repetitions of cores among them.
     copies : int
         Elements of the cores that are copied to become matrices.
     single : bool

@@ -106,7 +106,8 @@ class Work(NamedTuple):
     moved: int  # bytes, those of `StepCosts.ends` among them
     flops: int
     launches: float
-    summed_apart: bool = True  # as of a `Step`
+    copied: bool  # whether the rows are copied to become matrices
+    summed_apart: bool  # as of a `Step`
 
 
 class Priced(NamedTuple):
@@ -190,7 +191,7 @@ class StepCosts:
         seconds += (read + 2 * products.core) * weight / self.machine.cached  # for each chunk
         seconds += launches * self.machine.launch
         moved = uses * (taken + left) + 2 * products.core * weight
-        return Work(seconds, moved, 2 * uses * h * a * r * s * n, launches, apart)
+        return Work(seconds, moved, 2 * uses * h * a * r * s * n, launches, copied, apart)
 
     def _core_gradient(self, way: Way, sizes: Sizes) -> tuple[float, bool]:
         """Seconds for the gradient of a repeated core, and whether that is by one product for each repetition."""

@@ -125,6 +125,20 @@ class TestChoice:
             assert (option.seconds is None) == (option.candidate is None)
             assert (option.refusal == "") == (option.name == taken(network, task))
 
+    @pytest.mark.parametrize("name", LARGE)
+    def test_more_than_the_dense_weight_is_not_held_between_steps(self, name):
+        """Of small weights, more than what is cached."""
+        network = LARGE[name]
+        most = max(network.features("in") * network.features("out"), TYPICAL.cache // 4)
+        for task in (Task(rows, *of) for rows in ROWS for of in ((), (True, True))):
+            for option in decision.options(network, task, TYPICAL):
+                held = 0
+                if option.candidate and not option.candidate.chunk:
+                    held = option.candidate.program.intermediate * task.rows
+                assert held <= most or option.name != taken(network, task)
+                said = f"{held * 4 / 1e6:.0f} MB between its steps"
+                assert (option.refusal == said) == (held > most)
+
     @pytest.mark.parametrize("format", [TT(256), CP(2048), Tucker((64, 64, 64, 64)), BTT(128), LowRank(700)], ids=str)
     def test_of_more_flops_than_dense_the_weight_is_rebuilt_for_many_rows(self, format):
         network = format.network(768, 768)
