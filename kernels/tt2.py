@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tensorlayers import contraction
 from tensorlayers.errors import KernelError
+from tensorlayers.kernels.tt2_dcores import tt2_dcore
 from tensorlayers.network import Network
 
 PROGRAMS = 256
@@ -229,52 +229,73 @@ def _(info: Any, in_dims: tuple[int | None, ...], *operands: Tensor) -> tuple[Te
     return torch.stack(ys), 0
 
 
-class _TT2(torch.autograd.Function):
-    """`tt2`, differentiable any number of times, and under `torch.func`.
+class _Product(torch.autograd.Function):
+    """`tt2`, differentiable any number of times, and under `torch.func`; its gradients are `tt2` and `tt2_dcore`.
 
-    The network of the cores is an argument because shapes may be symbolic where this is traced. In the gradient of the
-    gradient o and i have changed places, and it is contracted in the order meant for the other: right, if not cheapest.
+    In the gradient of x, o and i have changed places.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, a: Tensor, g: Tensor, network: Network) -> Tensor:
+    def forward(x: Tensor, a: Tensor, g: Tensor) -> Tensor:
         y: Tensor = tt2(x, a, g)
         return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, a, g, ctx.network = inputs
-        ctx.save_for_backward(x, a, g)
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, a, g = ctx.saved_tensors
-        dx = da = dg = None
-        if ctx.needs_input_grad[0]:
-            dx = _apply(dy, a.transpose(0, 1), g.transpose(1, 2), ctx.network)
-        if ctx.needs_input_grad[1]:
-            da = contraction.execute(_gradient_plan(ctx.network, "a"), (dy, x, g))
-        if ctx.needs_input_grad[2]:
-            dg = contraction.execute(_gradient_plan(ctx.network, "g"), (dy, x, a))
-        return dx, da, dg, None
+        of_x, of_a, of_g = ctx.needs_input_grad
+        return (
+            _product(dy, a.transpose(0, 1), g.transpose(1, 2)) if of_x else None,
+            _of_a(dy, x, g) if of_a else None,
+            _of_g(dy, x, a) if of_g else None,
+        )
 
 
-def _apply(x: Tensor, a: Tensor, g: Tensor, network: Network) -> Tensor:
-    y: Tensor = _TT2.apply(x, a, g, network)  # type: ignore[no-untyped-call]
+class _CoreGradient(torch.autograd.Function):
+    """`tt2_dcore`, which is linear in each of its operands as `tt2` is; their gradients are the same two again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dy: Tensor, x: Tensor, g: Tensor) -> Tensor:
+        da: Tensor = tt2_dcore(dy, x, g)
+        return da
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, a: Tensor) -> tuple[Tensor | None, ...]:
+        dy, x, g = ctx.saved_tensors
+        of_dy, of_x, of_g = ctx.needs_input_grad
+        return (
+            _product(x, a, g) if of_dy else None,
+            _product(dy, a.transpose(0, 1), g.transpose(1, 2)) if of_x else None,
+            _of_g(dy, x, a) if of_g else None,
+        )
+
+
+def _product(x: Tensor, a: Tensor, g: Tensor) -> Tensor:
+    y: Tensor = _Product.apply(x, a, g)  # type: ignore[no-untyped-call]
     return y
 
 
-@contraction.constant_when_compiled
-def _gradient_plan(network: Network, wanted: str) -> contraction.Plan:
-    """The pairwise order of the gradient of one core: dy, x and the other core."""
-    (o1, i1, r), (_, o2, i2) = network.cores
-    axes = {"a": (o1, i1, r), "g": (r, o2, i2)}
-    result = axes.pop(wanted)
-    terms = ((contraction.BATCH, o1, o2), (contraction.BATCH, i1, i2), *axes.values())
-    # One order for all batches: it changes only below a few rows, and every class would be another compiled graph.
-    return contraction.plan(terms, result, (*network.sizes, (contraction.BATCH, contraction.BATCH_CLASSES[2])))
+def _of_a(dy: Tensor, x: Tensor, g: Tensor) -> Tensor:
+    """The gradient of A: (batch, o1, o2), (batch, i1, i2), (r, o2, i2) -> (o1, i1, r)."""
+    da: Tensor = _CoreGradient.apply(dy, x, g)  # type: ignore[no-untyped-call]
+    return da
+
+
+def _of_g(dy: Tensor, x: Tensor, a: Tensor) -> Tensor:
+    """The gradient of G, that of A with the two modes of all in each other's place: -> (r, o2, i2)."""
+    return _of_a(dy.mT, x.mT, a.permute(2, 0, 1)).permute(2, 0, 1)
 
 
 def linear(
@@ -310,4 +331,4 @@ def linear(
     """
     matrices = x.reshape(x.shape[0], *network.mode_sizes("in"))
     a, g = cores
-    return _apply(matrices, a, g, network).reshape(x.shape[0], network.features("out"))
+    return _product(matrices, a, g).reshape(x.shape[0], network.features("out"))
