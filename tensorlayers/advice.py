@@ -48,6 +48,8 @@ class Asked:
     by : str
         What decides: "time", as predicted; "MACs", where there is no estimate of it; "launches", where the layer is so
         small that none of its networks pays.
+    dtype : str
+        Of the products.
     """
 
     layer: str
@@ -58,6 +60,7 @@ class Asked:
     machine: Machine
     training: bool
     by: str = "time"
+    dtype: str = "float32"
 
     @classmethod
     def of(cls, entry: Entry, training: bool, by: str) -> Asked:
@@ -66,7 +69,9 @@ class Asked:
         stack = entry.stack[0] if entry.stack else None
         # What the costs do not depend on must not keep equal layers apart.
         settings = tuple(sorted((k, v) for k, v in entry.settings.items() if k != "bias"))
-        return cls(entry.layer, settings, entry.format, stack, entry.rows, entry.work.machine, training, by)
+        return cls(
+            entry.layer, settings, entry.format, stack, entry.rows, entry.work.machine, training, by, entry.work.dtype
+        )
 
     @cached_property
     def kind(self) -> type[FactorizedLayer]:
@@ -93,8 +98,9 @@ class Asked:
             return self.macs(network) if self.by == "MACs" else math.inf
         worst = 0.0
         for training in (False, True) if self.training else (False,):
-            dense = self.kind.dense_seconds(self.sizes, self.rows, self.machine, training)
-            own = self.kind.factorized_seconds(_own(network), self.sizes, self.rows, self.machine, training)
+            work = self.rows, self.machine, training, self.dtype
+            dense = self.kind.dense_seconds(self.sizes, *work)
+            own = self.kind.factorized_seconds(_own(network), self.sizes, *work)
             assert dense is not None
             assert own is not None
             worst = max(worst, own / dense)

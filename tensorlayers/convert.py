@@ -19,6 +19,7 @@ from .formats import Format
 from .keys import Choice, Shares, check_alike
 from .layers import FactorizedLayer, ProjectedAttention, layer_type
 from .plan import ConversionPlan
+from .precision import DTYPES, multiplied_as
 from .scan import Found, in_order, module_names, scan
 from .surgery import swap
 
@@ -319,8 +320,11 @@ def _factorize(group: Sequence[Entry], found: Mapping[str, Found]) -> list[Facto
 
 def _work(model: nn.Module, rows: int = ROWS, device: str | None = None) -> Work:
     """What costs are stated for; by default on the device of the model's first parameter."""
-    first = next(model.parameters(), None)
-    return Work(rows, device or ("cpu" if first is None else first.device.type))
+    first = next((p for p in model.parameters() if p.dtype in DTYPES), None)
+    if first is None:
+        return Work(rows, device or "cpu")
+    on = device or first.device.type
+    return Work(rows, on, multiplied_as(first.dtype, on))
 
 
 def _parameters(model: nn.Module) -> int:

@@ -10,10 +10,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from . import backend, fused
+from .errors import KernelError
+from .launch import architecture
 from .lowering import candidates, chunked
 from .machine import Machine, machine
 from .network import Network
-from .precision import name_of
+from .precision import itemsize, multiplied_as
 from .program import Candidate, Task
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
@@ -23,6 +26,20 @@ NAMES = ("contraction", "chunks", "merged", "rebuild")
 """The ways that torch's operations make: the cores one by one; that, some rows at a time; after some cores are
 multiplied with each other (the factors of CP to a Khatri-Rao product, those of Tucker to a Kronecker product); or after
 all of them are, to the dense weight."""
+
+KERNELS: dict[str, Callable[[Network, Task, Machine], Candidate | None]] = {"fused": fused.candidate}
+"""The ways that Triton kernels make: two (groups of) cores meet the rows in one kernel."""
+
+_MISSING = {
+    "contraction": "",
+    "chunks": "all rows fit into one chunk",
+    "merged": "no cores that are worth multiplying with each other",
+    "rebuild": "a single core is the dense weight itself",
+    "fused": "no two cores that can meet the rows in one kernel",
+}
+
+TRITON = "triton"
+"""What is demanded where any of the ways that Triton kernels make will do."""
 
 MARGIN = 1.12
 """What a prediction is raised by before it is held against dense's: it is to err to the slow side, since a layer that
@@ -62,13 +79,16 @@ def rows_class(rows: int) -> int:
     return ROWS[-1]
 
 
-def task_for(x: Tensor, *, x_gradient: bool = False, core_gradients: bool = False) -> Task:
-    """The task of rows like these (the first dimension), by their class."""
-    return Task(rows_class(x.shape[0]), x_gradient, core_gradients, name_of(x.dtype), x.dtype.itemsize)
+def task_for(x: Tensor, *, x_gradient: bool = False, core_gradients: bool = False, kernels: bool = False) -> Task:
+    """The task of rows like these (the first dimension), by their class; `kernels`: Triton's may carry it out."""
+    arch = architecture(x.device) if kernels else ""
+    dtype = multiplied_as(x.dtype, x.device.type)
+    return Task(rows_class(x.shape[0]), x_gradient, core_gradients, dtype, x.dtype.itemsize, arch)
 
 
 def options(network: Network, task: Task, on: Machine, forced: str | None = None) -> tuple[Option, ...]:
-    """All ways that torch's operations make, the chosen one without a refusal."""
+    """All ways that torch's operations make, and Triton's kernels where the task allows it, the chosen one without a
+    refusal."""
     return _options(network, task, on, forced, torch.get_num_threads() if on.threads else 0)
 
 
@@ -79,12 +99,8 @@ def _options(network: Network, task: Task, on: Machine, forced: str | None, thre
     inside = min((piece for piece in pieces if piece), key=lambda piece: piece.seconds, default=None)
     found: dict[str, Candidate | None] = {name: whole.get(name) for name in NAMES}
     found["chunks"] = inside
-    missing = {
-        "contraction": "",
-        "chunks": "all rows fit into one chunk",
-        "merged": "no cores that are worth multiplying with each other",
-        "rebuild": "a single core is the dense weight itself",
-    }
+    if task.arch:
+        found.update({name: candidate(network, task, on) for name, candidate in KERNELS.items()})
     existing = {name: candidate for name, candidate in found.items() if candidate}
     # Little memory is no matter; else a step of training is to take no more than dense's and once more its weight.
     most = max(network.features("in") * network.features("out"), on.cache // task.itemsize)
@@ -92,11 +108,17 @@ def _options(network: Network, task: Task, on: Machine, forced: str | None, thre
     large = {name for name, elements in held.items() if elements > most}
     allowed = [name for name in existing if name not in large] or list(existing)
     best = min(allowed, key=lambda name: existing[name].seconds)
+    if forced == TRITON or forced in KERNELS:
+        able = existing.keys() & (KERNELS.keys() if forced == TRITON else {forced})
+        if not able:
+            reasons = "; ".join(f"{name}: {_MISSING[name]}" for name in KERNELS if forced in (TRITON, name))
+            raise KernelError(f"no Triton kernel supports this call: {reasons}")
+        forced = min(able, key=lambda name: existing[name].seconds)
     chosen = forced if forced in existing else best
     listed = []
     for name, candidate in found.items():
         if candidate is None:
-            refusal = missing[name] + (f"; {forced!r} is demanded in vain" if name == forced else "")
+            refusal = _MISSING[name] + (f"; {forced!r} is demanded in vain" if name == forced else "")
         elif name == chosen:
             refusal = ""
         elif forced in existing:
@@ -153,17 +175,23 @@ def interpolated(rows: int, seconds: Callable[[int], float]) -> float:
     return seconds(ROWS[0])
 
 
-def training_seconds(network: Network, rows: int, on: Machine, dtype: str = "float32", itemsize: int = 4) -> float:
+def planned_task(rows: int, on: Machine, dtype: str = "float32", *, gradients: bool = False) -> Task:
+    """A task that is not carried out now; on a GPU, Triton kernels are taken to be there for it."""
+    is_fast = not on.threads and dtype in ("float16", "bfloat16", "tf32") and backend.is_present()
+    return Task(rows, gradients, gradients, dtype, itemsize(dtype), architecture(on.name) if is_fast else "")
+
+
+def training_seconds(network: Network, rows: int, on: Machine, dtype: str = "float32") -> float:
     """Predicted seconds of a forward and a backward of all gradients."""
-    ahead, back = Task(rows, False, False, dtype, itemsize), Task(rows, True, True, dtype, itemsize)
+    ahead, back = (planned_task(rows, on, dtype, gradients=gradients) for gradients in (False, True))
     return sum(predicted(network, task, on) for task in (ahead, back)) + on.function
 
 
-def cautious_seconds(network: Network, rows: int, on: Machine, *, training: bool, itemsize: int = 4) -> float:
+def cautious_seconds(network: Network, rows: int, on: Machine, *, training: bool, dtype: str = "float32") -> float:
     """What plans go by: the predicted seconds of a forward, or of `training_seconds`, raised by `MARGIN`."""
     if training:
-        return MARGIN * training_seconds(network, rows, on, itemsize=itemsize)
-    return MARGIN * predicted(network, Task(rows, itemsize=itemsize), on)
+        return MARGIN * training_seconds(network, rows, on, dtype)
+    return MARGIN * predicted(network, planned_task(rows, on, dtype), on)
 
 
 def dense_seconds(
@@ -175,7 +203,6 @@ def dense_seconds(
     x: bool = False,
     weight: bool = False,
     dtype: str = "float32",
-    itemsize: int = 4,
 ) -> float:
     """Predicted seconds of a dense linear layer: a forward, and a backward of the gradients that are wanted."""
     products = [(rows, in_features, out_features)]
@@ -183,7 +210,7 @@ def dense_seconds(
     products += [(out_features, rows, in_features)] * weight
     seconds = 0.0
     for m, k, n in products:
-        size = (m * k + k * n + m * n) * itemsize
+        size = (m * k + k * n + m * n) * itemsize(dtype)
         rate = on.cached if size <= on.cache else on.memory
         seconds += on.product(1, m, k, n, dtype) + size / rate + on.launch
     return seconds

@@ -1,73 +1,27 @@
-"""What runs: decides for each product between torch's operations, as `decision` predicts them, and Triton kernels.
-
-A kernel's record names a module and loads it on first use, so that Triton stays optional.
-"""
+"""What runs: each product as `decision` predicts it to be fastest, by torch's operations or by Triton kernels."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from . import autograd, codegen, contraction, conv_chunks, convolution, decision, functional
+from . import autograd, backend, codegen, conv_chunks, convolution, decision, functional
+from .contraction import constant_when_compiled
 from .conv_maps import Window
 from .convolution import ConvPlan
 from .errors import KernelError
 from .network import Network
-from .precision import cast_for_autocast
+from .precision import cast_for_autocast, multiplied_as
 from .products import row_product, window_product
 from .program import Program
 from .small import SMALL, is_small, small
 
-# Order-2 tensor train: o1 i1 r, r o2 i2.
-_TT2 = (((0, 1, 2), (2, 3, 4)), ((0, "out"), (3, "out"), (1, "in"), (4, "in")))
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A Triton kernel that can multiply rows with a network.
-
-    Parameters
-    ----------
-    name : str
-    module : str
-        Dotted path; it has ``linear(x, network, cores)`` with the meaning of `functional.contract_rows`.
-    refusal : callable
-        (network, device type, dtype) -> None where the kernel can run, else why it cannot.
-    """
-
-    name: str
-    module: str
-    refusal: Callable[[Network, str, torch.dtype], str | None]
-
-
-def _tt2_refusal(network: Network, device: str, dtype: torch.dtype) -> str | None:
-    if network.pattern != _TT2:
-        return "not a tensor train of two cores"
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"dtype {dtype}"
-    if device == "cpu" and dtype == torch.bfloat16:
-        return "Triton's interpreter computes bfloat16 wrongly"
-    if device != "cpu" and dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
-        return "full float32 precision does not use the matrix units"
-    return None
-
-
-KERNELS: tuple[Kernel, ...] = (Kernel("tt2", "tensorlayers.kernels.tt2", _tt2_refusal),)
-
-NAMES = (*decision.NAMES, *(kernel.name for kernel in KERNELS))
+NAMES = (*decision.NAMES, *decision.KERNELS)
 """What can be demanded of a layer, as its `implementation`."""
-
-_LOADED: dict[str, Callable[[Tensor, Network, Sequence[Tensor]], Tensor]] = {}
-"""The kernels loaded so far, by name."""
 
 _ALLOWED = {"recompute": -1.0, "auto": 0.1, "store": 1.0}
 """What may be kept for backward beside the input, in sizes of the input."""
@@ -85,9 +39,9 @@ def use_kernels(mode: str) -> Iterator[None]:
     Parameters
     ----------
     mode : {"auto", "torch", "triton"}
-        ``"auto"``: a Triton kernel on a CUDA device where one supports the call. ``"torch"``: never.
-        ``"triton"``: always, and an error where none supports the call (on the CPU, Triton needs its interpreter,
-        ``TRITON_INTERPRET=1`` set before it is imported).
+        ``"auto"``: Triton kernels on a GPU, where they are predicted to be faster. ``"torch"``: never, even where a
+        layer demands one. ``"triton"``: always, and an error where none supports the call (on the CPU, Triton needs
+        its interpreter, ``TRITON_INTERPRET=1`` set before it is imported).
     """
     global _mode
     if mode not in ("auto", "torch", "triton"):
@@ -99,49 +53,33 @@ def use_kernels(mode: str) -> Iterator[None]:
         _mode = before
 
 
-# A compiled graph keeps the name; neither the search nor an import can be traced.
-@contraction.constant_when_compiled
-def kernel_for(network: Network, mode: str, device: str, dtype: torch.dtype, wanted: str | None) -> str | None:
-    """The name of the kernel that runs a product, which is loaded then; None for torch's operations."""
-    if wanted is not None and wanted not in NAMES:
-        raise KernelError(f"implementation: None or one of {', '.join(NAMES)}; got {wanted!r}")
-    if wanted in decision.NAMES and mode != "triton":
-        return None
-    if wanted is None and (mode == "torch" or (mode == "auto" and (device == "cpu" or not _triton_present()))):
-        return None
-    reasons = []
-    for kernel in KERNELS:
-        reason = kernel_refusal(kernel, network, device, dtype)
-        if reason is None and wanted in (None, kernel.name):
-            if kernel.name not in _LOADED:
-                _LOADED[kernel.name] = importlib.import_module(kernel.module).linear
-            return kernel.name
-        reasons.append(f"{kernel.name}: {reason or f'{wanted!r} is demanded'}")
-    if mode == "triton" or wanted is not None:
-        raise KernelError(f"no Triton kernel supports this call: {'; '.join(reasons)}")
-    return None
+def kernels_for(x: Tensor, implementation: str | None) -> tuple[str | None, bool]:
+    """What is demanded of a product with `x`, a way or any that Triton kernels make, and whether these may run."""
+    return _kernels_for(_mode, x.device.type, multiplied_as(x.dtype, x.device.type), implementation)
 
 
-def chosen_kernel(network: Network, x: Tensor, implementation: str | None) -> str | None:
-    """The name of the kernel that a product with `x` runs; None for torch's operations."""
-    if _mode == "auto" and implementation is None and not x.is_cuda:
-        return None
-    return kernel_for(network, _mode, x.device.type, x.dtype, implementation)
+FULL_PRECISION = "full float32 precision does not use the matrix units"
+"""Why no kernel is taken for it on a GPU unless one is demanded."""
 
 
-def kernel_refusal(kernel: Kernel, network: Network, device: str, dtype: torch.dtype) -> str | None:
-    """Why a kernel cannot run a product here, of the network before the device; None where it can."""
-    reason = kernel.refusal(network, device, dtype)
-    if reason is None and not _triton_present():
-        reason = "Triton is not installed"
-    if reason is None and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        reason = "on the CPU Triton needs its interpreter"
-    return reason
-
-
-@lru_cache(maxsize=1)
-def _triton_present() -> bool:
-    return importlib.util.find_spec("triton") is not None
+# A compiled graph keeps what is found: the search for Triton cannot be traced.
+@constant_when_compiled
+def _kernels_for(mode: str, device: str, dtype: str, implementation: str | None) -> tuple[str | None, bool]:
+    if implementation is not None and implementation not in NAMES:
+        raise KernelError(f"implementation: None or one of {', '.join(NAMES)}; got {implementation!r}")
+    if mode == "torch":
+        return (None if implementation in decision.KERNELS else implementation), False
+    is_demanded = mode == "triton" or implementation in decision.KERNELS
+    if not is_demanded and (implementation is not None or device != "cuda"):
+        return implementation, False
+    refusal = backend.refusal(device, dtype)
+    if is_demanded and implementation in decision.NAMES:
+        refusal = f"{implementation!r} is demanded of the layer"
+    if is_demanded and refusal is not None:
+        raise KernelError(f"no Triton kernel supports this call: {refusal}")
+    if not is_demanded and dtype == "float32":
+        refusal = FULL_PRECISION
+    return implementation or (decision.TRITON if is_demanded else None), refusal is None
 
 
 def is_plain(x: Tensor) -> bool:
@@ -163,18 +101,19 @@ def _multiply(
     implementation: str | None,
     backward: str,
 ) -> Tensor:
-    """Rows times a network, by operations of torch."""
+    """Rows times a network, by the implementation that is demanded or decided for."""
+    forced, kernels = kernels_for(rows, implementation)
     bias = None if bias is None else bias.to(rows.dtype)
     if torch.compiler.is_compiling():
-        if _is_known_small(rows, network) and implementation is None:
+        if _is_known_small(rows, network) and forced is None:
             return functional.contract_rows(rows, network, cores, bias)
-        return autograd.product(row_product(network, implementation), rows, cores, bias)
-    if implementation is None and is_small(network, rows.shape[0]):
+        return autograd.product(row_product(network, forced, kernels), rows, cores, bias)
+    if forced is None and is_small(network, rows.shape[0]):
         return small(network).run(functional.padded(rows, network), cores, bias)
-    stored = stored_program(network, rows, implementation, backward) if torch.is_grad_enabled() else None
+    stored = stored_program(network, rows, forced, backward) if torch.is_grad_enabled() else None
     if stored is not None:
         return codegen.compiled(stored)(functional.padded(rows, network), cores, bias)
-    return autograd.product(row_product(network, implementation), rows, cores, bias)
+    return autograd.product(row_product(network, forced, kernels), rows, cores, bias)
 
 
 def stored_program(network: Network, rows: Tensor, implementation: str | None, backward: str) -> Program | None:
@@ -187,9 +126,10 @@ def stored_program(network: Network, rows: Tensor, implementation: str | None, b
         candidate = option.candidate
         if candidate is not None and option.name in (_STORING if implementation is None else (implementation,)):
             program = candidate.program
+            assert isinstance(program, Program)
             if program.intermediate * len(rows) + program.copies + program.merged <= allowed:
-                fitting.append(candidate)
-    return min(fitting, key=lambda candidate: candidate.seconds).program if fitting else None
+                fitting.append((candidate.seconds, program))
+    return min(fitting, key=lambda pair: pair[0])[1] if fitting else None
 
 
 def _is_known_small(rows: Tensor, network: Network) -> bool:
@@ -233,13 +173,9 @@ def linear(
     if torch.compiler.is_exporting() or autograd.is_jit_traced():
         # Operators of torch alone: what is exported runs where this package is not installed.
         return functional.linear(x, network, cores, bias, out_features=out_features)
-    kernel = chosen_kernel(network, x, implementation)
 
     def product(rows: Tensor, network: Network, cores: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        if kernel is None:
-            return _multiply(rows, network, cores, bias, implementation, backward)
-        y = _LOADED[kernel](functional.padded(rows, network), network, cores)
-        return y if bias is None else y + bias.to(y.dtype)
+        return _multiply(rows, network, cores, bias, implementation, backward)
 
     return functional.linear(x, network, cores, bias, out_features=out_features, product=product)
 

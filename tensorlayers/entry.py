@@ -14,6 +14,7 @@ from .formats import Format, from_dict
 from .layers import FactorizedLayer, Settings, layer_type, layer_types
 from .machine import Machine, machine
 from .network import Axis, Network, modes_by_axis
+from .precision import DTYPES, name_of
 
 ROWS = 1024
 """Rows in the batch that costs are stated for, where nothing else is said."""
@@ -44,15 +45,18 @@ class Work:
         positions): a batch of images has many more positions than one of text has tokens.
     device : str
         The device type: "cpu", "cuda", ...
+    dtype : str
+        What products are computed in, as `precision.multiplied_as` names it.
 
     Raises
     ------
     ConversionError
-        If the rows are no integer of at least 1, or the device is no type that torch knows.
+        If the rows are no integer of at least 1, or the device or the dtype is none that torch knows.
     """
 
     rows: int = ROWS
     device: str = "cpu"
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if not is_count(self.rows) or not self.rows:
@@ -61,6 +65,8 @@ class Work:
             kind = torch.device(self.device).type
         except (RuntimeError, TypeError):
             raise ConversionError(f"device: a device type such as 'cpu' or 'cuda'; got {self.device!r}") from None
+        if self.dtype not in ("tf32", *map(name_of, DTYPES)):
+            raise ConversionError(f"dtype: one of {', '.join(map(name_of, DTYPES))} or tf32; got {self.dtype!r}")
         # What is on the meta device will run elsewhere.
         object.__setattr__(self, "device", "cpu" if kind == "meta" else kind)
 
@@ -176,11 +182,12 @@ class Entry:
         if not self.is_timed:
             return None
         layer, rows, machine = layer_type(self.layer), self.rows, self.work.machine
-        before = layer.dense_seconds(self.settings, rows, machine, training)
+        dtype = self.work.dtype
+        before = layer.dense_seconds(self.settings, rows, machine, training, dtype)
         after = before
         if self.network is not None and not self.frozen:
             own = self.network.without(self.network.names("stack"))
-            after = layer.factorized_seconds(own, self.settings, rows, machine, training)
+            after = layer.factorized_seconds(own, self.settings, rows, machine, training, dtype)
         return None if before is None or after is None else (before, after)
 
     @property

@@ -9,13 +9,13 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from . import decision, dispatch, small, table
+from . import backend, decision, dispatch, small, table
 from .cost import Cost, dense_linear
 from .errors import NetworkError
 from .layers import FactorizedLayer, FactorizedLinear, TensorContraction, TensorRegression
 from .machine import Machine
 from .network import Network
-from .precision import cast_for_autocast, name_of
+from .precision import cast_for_autocast, multiplied_as
 from .program import Candidate, Task
 from .slices import slices
 
@@ -155,7 +155,8 @@ def explain(layer: FactorizedLayer, x: Tensor, *, training: bool | None = None) 
     needs = x.requires_grad, any(core.requires_grad for core in layer.cores)
     if training is None:
         training = torch.is_grad_enabled() and any(needs)
-    task = Task(count, dtype=name_of(given.dtype), itemsize=given.dtype.itemsize)
+    kernels = dispatch.kernels_for(rows, layer.implementation)[1]
+    task = replace(decision.task_for(rows, kernels=kernels), rows=count)
     of_x, of_cores = needs if any(needs) else (True, not layer.frozen)
     taken = _overriding(layer, rows, training)
     sides = ", ".join(str(side if len(side) > 1 else side[0]) for side in (shape, _shape(layer, "out")))
@@ -181,14 +182,14 @@ def _rows(layer: Linear, rows: Tensor, task: Task, taken: str) -> tuple[Row, ...
     """The ways to carry out a task; `taken` is what runs in place of the options of `decision`."""
     network, on = layer.own_network, decision.machine_of(rows)
     found, chain = [], None
-    for option in decision.options_for(network, task, on, layer.implementation):
+    forced = dispatch.kernels_for(rows, layer.implementation)[0]
+    for option in decision.options_for(network, task, on, forced):
         refusal = option.refusal or (f"{taken} runs" if taken else "")
         found.append(_row(option.name, option.candidate, refusal, "" if refusal else _note(network, option.candidate)))
         is_chain = not option.refusal if taken == small.NAME else taken == option.name + STORED
         chain = option.candidate if is_chain else chain
-    for kernel in dispatch.KERNELS:
-        reason = dispatch.kernel_refusal(kernel, network, rows.device.type, rows.dtype)
-        found.append(Row(kernel.name, None, None, 0, "" if taken == kernel.name else reason or "not chosen"))
+    if not task.arch:
+        found += [Row(name, None, None, 0, _without_kernels(rows)) for name in decision.KERNELS]
     dense, cost = _dense(math.prod(_shape(layer, "out")), math.prod(_shape(layer, "in")), task, on)
     found.append(Row(FROZEN, dense, cost, 0, "" if taken == FROZEN else "the layer is not frozen: see freeze()"))
     if taken == small.NAME or taken.endswith(STORED):
@@ -202,6 +203,15 @@ def _row(name: str, candidate: Candidate | None, refusal: str, note: str = "") -
     return Row(name, candidate.seconds, candidate.cost, candidate.chunk, refusal, note)
 
 
+def _without_kernels(rows: Tensor) -> str:
+    """Why Triton kernels may not run."""
+    dtype = multiplied_as(rows.dtype, rows.device.type)
+    reason = backend.refusal(rows.device.type, dtype)
+    if reason is None and dtype == "float32" and rows.is_cuda:
+        reason = dispatch.FULL_PRECISION
+    return reason or "use_kernels, or what the layer demands, switches it off"
+
+
 def _note(network: Network, candidate: Candidate | None) -> str:
     pieces = slices(network, candidate.program) if candidate is not None else ()
     return f"in {len(pieces)} slices of bond {pieces[0].bond}" if pieces else ""
@@ -212,9 +222,8 @@ def _overriding(layer: Linear, rows: Tensor, training: bool) -> str:
     network, demanded = layer.own_network, layer.implementation
     if layer.frozen:
         return FROZEN
-    kernel = dispatch.chosen_kernel(network, rows, demanded)
-    if kernel is not None:
-        return kernel
+    if dispatch.kernels_for(rows, demanded)[0] in (decision.TRITON, *decision.KERNELS):
+        return ""
     if small.is_small(network, len(rows)) and demanded is None:
         return small.NAME
     stored = dispatch.stored_program(network, rows, demanded, layer.backward) if training else None
@@ -229,7 +238,7 @@ def _dense(out_features: int, in_features: int, task: Task, on: Machine) -> tupl
 
     def seconds(x: bool, weight: bool) -> float:
         sizes = out_features, in_features, task.rows
-        return decision.dense_seconds(*sizes, on, x=x, weight=weight, dtype=task.dtype, itemsize=task.itemsize)
+        return decision.dense_seconds(*sizes, on, x=x, weight=weight, dtype=task.dtype)
 
     cost, forward = dense_linear(out_features, in_features, task.rows), seconds(False, False)
     if task.forward:

@@ -210,7 +210,7 @@ class ConversionPlan:
             # What error and advice belong to: a format that is edited by hand must not keep them.
             data["stated_for"] = data["format"]
             layers.append(data)
-        head = {"version": VERSION, "total": self.total, "rows": self.work.rows, "device": self.work.device}
+        head = {"version": VERSION, "total": self.total, **asdict(self.work)}
         return json.dumps({**head, "layers": layers}, indent=1)
 
     @classmethod
@@ -249,7 +249,7 @@ def _read_work(data: dict[str, Any]) -> Work:
         if key not in data:
             raise ConversionError(f"plan: {key} is missing")
     try:
-        return Work(data["rows"], data["device"])
+        return Work(data["rows"], data["device"], data.get("dtype", "float32"))
     except ConversionError as error:
         raise ConversionError(f"plan: {error}") from None
 

@@ -16,6 +16,18 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def itemsize(name: str) -> int:
+    """Bytes an element of a dtype that `name_of` or the constants of a machine name ("tf32": of float32)."""
+    return torch.float32.itemsize if name == "tf32" else getattr(torch, name).itemsize
+
+
+def multiplied_as(dtype: torch.dtype, device: str) -> str:
+    """What products of a dtype are computed in: "tf32" where a GPU rounds float32 to it, else the dtype."""
+    if dtype == torch.float32 and device == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return name_of(dtype)
+
+
 def at_least_single(dtype: torch.dtype) -> torch.dtype:
     """What sums over many are taken in: float32 for half precision, else the dtype itself."""
     return torch.promote_types(dtype, torch.float32)

@@ -17,7 +17,7 @@ from .conv_maps import Window
 from .convolution import ConvPlan
 from .network import Mode, Network
 from .precision import without_autocast
-from .program import Candidate
+from .program import Candidate, KernelProgram
 
 _Decision = tuple[Candidate, tuple[slices.Slice, ...]]
 
@@ -29,11 +29,13 @@ class RowProduct(autograd.Multilinear):
     ----------
     network : Network
     forced : str or None
-        One of `decision.NAMES`, in place of the decision.
+        One of `decision.NAMES` and `decision.KERNELS`, or `decision.TRITON`, in place of the decision.
+    kernels : bool
+        Whether Triton kernels may carry it out.
     """
 
-    def __init__(self, network: Network, forced: str | None) -> None:
-        self.network, self.forced = network, forced
+    def __init__(self, network: Network, forced: str | None, kernels: bool = False) -> None:
+        self.network, self.forced, self.kernels = network, forced, kernels
         # Asked at every call: to look them up by the network would take longer than a small product.
         self._decisions: dict[tuple[object, ...], _Decision] = {}
 
@@ -48,11 +50,13 @@ class RowProduct(autograd.Multilinear):
     def _forward(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, added: Tensor | None = None) -> Tensor:
         chosen, pieces = self._decided(x)
         for piece in pieces:
-            added = RowProduct(piece.network, self.forced)._forward(x, piece.cores(cores), bias, added)
+            added = RowProduct(piece.network, self.forced, self.kernels)._forward(x, piece.cores(cores), bias, added)
             bias = None
         if pieces and added is not None:
             return added
         with without_autocast(x):
+            if isinstance(chosen.program, KernelProgram):
+                return chosen.program.forward(x, cores, bias)
             return matmul.forward(chosen.program, x, cores, bias, chosen.chunk, added)
 
     def gradients(self, dy: Tensor, x: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -68,12 +72,14 @@ class RowProduct(autograd.Multilinear):
         chosen, pieces = self._decided(x, needs[0], any(needs[1:]))
         sums: list[Tensor | None] = [None] * len(cores)
         for piece in pieces:
-            part = RowProduct(piece.network, self.forced)
+            part = RowProduct(piece.network, self.forced, self.kernels)
             added, *found = part._gradients(dy, x, piece.cores(cores), needs, added)
             piece.add(found, sums, cores)
         if pieces:
             return [added, *sums]
         with without_autocast(x):
+            if isinstance(chosen.program, KernelProgram):
+                return chosen.program.gradients(dy, x, cores, needs)
             return matmul.gradients(chosen.program, dy, x, cores, needs, chosen.chunk, added)
 
     def plain(self, x: Tensor, cores: Sequence[Tensor]) -> Tensor:
@@ -82,10 +88,10 @@ class RowProduct(autograd.Multilinear):
     def _decided(self, x: Tensor, x_gradient: bool = False, core_gradients: bool = False) -> _Decision:
         machine = decision.machine_of(x)
         rows = decision.rows_class(x.shape[0])
-        key = rows, x_gradient, core_gradients, x.dtype, machine, torch.get_num_threads()
+        key = rows, x_gradient, core_gradients, x.dtype, machine, torch.get_num_threads(), x.device
         found = self._decisions.get(key)
         if found is None:
-            task = decision.task_for(x, x_gradient=x_gradient, core_gradients=core_gradients)
+            task = decision.task_for(x, x_gradient=x_gradient, core_gradients=core_gradients, kernels=self.kernels)
             chosen = decision.decide(self.network, task, machine, self.forced)
             found = self._decisions[key] = chosen, slices.slices(self.network, chosen.program)
         return found
@@ -123,9 +129,9 @@ def _zeros(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | No
 
 
 @constant_when_compiled
-def row_product(network: Network, forced: str | None = None) -> str:
+def row_product(network: Network, forced: str | None = None, kernels: bool = False) -> str:
     """The spec of a `RowProduct`."""
-    return _row_product(network, forced)
+    return _row_product(network, forced, kernels)
 
 
 @constant_when_compiled
@@ -135,8 +141,8 @@ def window_product(network: Network, window: Window) -> str:
 
 
 @lru_cache(maxsize=4096)  # every forward asks for it
-def _row_product(network: Network, forced: str | None) -> str:
-    return autograd.describe("rows", network=_written(network), forced=forced)
+def _row_product(network: Network, forced: str | None, kernels: bool) -> str:
+    return autograd.describe("rows", network=_written(network), forced=forced, kernels=kernels)
 
 
 @lru_cache(maxsize=4096)
@@ -161,5 +167,5 @@ def _read_window(window: dict[str, Any]) -> Window:
     return Window(**{name: plain(value) for name, value in window.items()})
 
 
-autograd.register("rows", lambda network, forced: RowProduct(_read(network), forced))
+autograd.register("rows", lambda network, forced, kernels: RowProduct(_read(network), forced, kernels))
 autograd.register("window", lambda network, window: WindowProduct(_read(network), _read_window(window)))

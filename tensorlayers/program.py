@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from .contraction import Plan
 from .cost import Cost
@@ -22,6 +26,8 @@ class Task:
         "float32", ...
     itemsize : int
         Bytes an element.
+    arch : str
+        The architecture that Triton kernels may run on, as `launch` names it; empty where they may not.
     """
 
     rows: int
@@ -29,6 +35,7 @@ class Task:
     cores: bool = False
     dtype: str = "float32"
     itemsize: int = 4
+    arch: str = ""
 
     @property
     def forward(self) -> bool:
@@ -136,13 +143,33 @@ class Program:
         return sum(math.prod(step.group.sizes) for step in self.steps if step.group.merge is not None)
 
 
+class KernelProgram(ABC):
+    """How a Triton kernel applies a network to rows; outside of autograd, as `matmul` carries out a `Program`.
+
+    Attributes
+    ----------
+    intermediate : int
+        As of a `Program`.
+    """
+
+    intermediate: int = 0
+
+    @abstractmethod
+    def forward(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        """(rows, in features), the cores, (out features,) -> (rows, out features)."""
+
+    @abstractmethod
+    def gradients(self, dy: Tensor, x: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+        """The gradients of x and of each core that are needed."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A program and what it is predicted to take.
 
     Parameters
     ----------
-    program : Program
+    program : Program or KernelProgram
     chunk : int
         Rows at a time; 0: all.
     cost : Cost
@@ -155,7 +182,7 @@ class Candidate:
         Elements of the largest intermediate that is held at a time.
     """
 
-    program: Program
+    program: Program | KernelProgram
     chunk: int
     cost: Cost
     fixed: Cost

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .network import Network
-from .program import Program
+from .program import KernelProgram, Program
 
 
 class Slice(NamedTuple):
@@ -65,15 +65,17 @@ class Slice(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def slices(network: Network, program: Program) -> tuple[Slice, ...]:
+def slices(network: Network, program: Program | KernelProgram) -> tuple[Slice, ...]:
     """The slices that a program's product is summed over; none where the whole takes no more than the dense weight.
 
     Parameters
     ----------
     network : Network
-    program : Program
+    program : Program or KernelProgram
         What would run for the whole.
     """
+    if isinstance(program, KernelProgram):
+        return ()
     merged = [step.group for step in program.steps if step.group.merge is not None]
     elements = sum(math.prod(group.sizes) for group in merged)
     dense = network.features("out") * network.features("in")

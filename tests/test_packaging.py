@@ -34,7 +34,7 @@ ORDER = [
     {"measure"},
     {"products", "small"},
     {"functional", "lookup", "autograd", "decision"},
-    {"lowering"},
+    {"lowering", "fused"},
     {"step_cost"},
     {"orders"},
     {"matmul"},
@@ -47,8 +47,9 @@ ORDER = [
     {"fit"},
     {"decompose", "rank", "rounding", "tensorize"},
     {"adjoint"},
-    {"contraction", "precision"},
-    {"cost"},
+    {"backend"},
+    {"contraction", "precision", "chain"},
+    {"cost", "launch"},
     {"network", "machine", "timing"},
     {"errors"},
 ]
@@ -188,7 +189,7 @@ import sys
 sys.path.insert(0, {str(target)!r})
 import torch, tensorlayers, importlib.util
 assert tensorlayers.__file__.startswith({str(target)!r}), tensorlayers.__file__
-spec = importlib.util.find_spec("tensorlayers.kernels.tt2")
+spec = importlib.util.find_spec("tensorlayers.kernels.chain")
 assert spec.origin.startswith({str(target)!r}), spec.origin
 layer = tensorlayers.FactorizedLinear(64, 64, format=tensorlayers.TT(4))
 assert layer(torch.zeros(2, 64)).shape == (2, 64)

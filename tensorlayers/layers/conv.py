@@ -18,6 +18,7 @@ from ..errors import NetworkError
 from ..formats import Format, LowRank
 from ..machine import Machine
 from ..network import Axis, Network
+from ..precision import itemsize
 from . import leaf
 from .dispatched import DispatchedLayer
 from .kind import Settings, check_sizes, plain
@@ -140,7 +141,7 @@ class _FactorizedConv(DispatchedLayer):
 
     @classmethod
     def dense_seconds(
-        cls, settings: Mapping[str, Any], rows: int, machine: Machine, training: bool = False, itemsize: int = 4
+        cls, settings: Mapping[str, Any], rows: int, machine: Machine, training: bool = False, dtype: str = "float32"
     ) -> float:
         """The predicted time of the dense layer, of `rows` as in `dense_cost`."""
         groups, scale = settings["groups"], math.prod(settings["stride"])
@@ -154,7 +155,7 @@ class _FactorizedConv(DispatchedLayer):
             transposed=cls.transposed,
         )
         # In groups it is predicted as fast as it can be: channels-last, and where they are narrow twice that.
-        forward, back = conv_cost.seconds(replace(dense, contiguous=(groups == 1,) * 2), machine, itemsize)
+        forward, back = conv_cost.seconds(replace(dense, contiguous=(groups == 1,) * 2), machine, itemsize(dtype))
         return (forward + (back if training else 0.0)) / (2 if dense.narrow else 1)
 
     @classmethod
@@ -165,13 +166,13 @@ class _FactorizedConv(DispatchedLayer):
         rows: int,
         machine: Machine,
         training: bool = False,
-        itemsize: int = 4,
+        dtype: str = "float32",
     ) -> float:
         """The predicted time of the factorized layer, of `rows` as in `dense_cost`; borders are not counted."""
         positions = cls._positions(settings, rows)
         classed = contraction.batch_class(positions, convolution.POSITIONS_CLASSES)
         margin = conv_cost.margin(math.prod(cls.shape_of(settings)))
-        return margin * cls._plan(network, settings, classed).seconds(machine, positions, training, itemsize)
+        return margin * cls._plan(network, settings, classed).seconds(machine, positions, training, itemsize(dtype))
 
     @classmethod
     def _positions(cls, settings: Mapping[str, Any], rows: int) -> int:

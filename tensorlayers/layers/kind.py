@@ -72,11 +72,11 @@ class LayerKind(ABC):
 
     @classmethod
     def dense_seconds(
-        cls, settings: Mapping[str, Any], rows: int, machine: Machine, training: bool = False, itemsize: int = 4
+        cls, settings: Mapping[str, Any], rows: int, machine: Machine, training: bool = False, dtype: str = "float32"
     ) -> float | None:
         """The predicted time of the dense layer on `rows` rows: of a forward, or with a backward of all gradients.
 
-        None, for both, where this kind has no estimate.
+        None, for both, where this kind has no estimate. The dtype is named as torch names it, or "tf32".
         """
         return None
 
@@ -88,7 +88,7 @@ class LayerKind(ABC):
         rows: int,
         machine: Machine,
         training: bool = False,
-        itemsize: int = 4,
+        dtype: str = "float32",
     ) -> float | None:
         """The predicted time of the factorized layer, as `dense_seconds`."""
         return None

@@ -122,10 +122,10 @@ class FactorizedLinear(DispatchedLayer):
 
     @classmethod
     def dense_seconds(
-        cls, settings: Mapping[str, Any], rows: int, machine: Machine, training: bool = False, itemsize: int = 4
+        cls, settings: Mapping[str, Any], rows: int, machine: Machine, training: bool = False, dtype: str = "float32"
     ) -> float:
         sizes = settings["out_features"], settings["in_features"]
-        return decision.dense_seconds(*sizes, rows, machine, x=training, weight=training, itemsize=itemsize)
+        return decision.dense_seconds(*sizes, rows, machine, x=training, weight=training, dtype=dtype)
 
     @classmethod
     def factorized_seconds(
@@ -135,9 +135,9 @@ class FactorizedLinear(DispatchedLayer):
         rows: int,
         machine: Machine,
         training: bool = False,
-        itemsize: int = 4,
+        dtype: str = "float32",
     ) -> float:
-        return decision.cautious_seconds(network, rows, machine, training=training, itemsize=itemsize)
+        return decision.cautious_seconds(network, rows, machine, training=training, dtype=dtype)
 
     @property
     def fan_in(self) -> int:

@@ -196,10 +196,10 @@ class _TensorMap(DispatchedLayer):
 
     @classmethod
     def dense_seconds(
-        cls, settings: Mapping[str, Any], rows: int, machine: Machine, training: bool = False, itemsize: int = 4
+        cls, settings: Mapping[str, Any], rows: int, machine: Machine, training: bool = False, dtype: str = "float32"
     ) -> float:
         sizes = math.prod(settings["out_shape"]), math.prod(settings["in_shape"])
-        return decision.dense_seconds(*sizes, rows, machine, x=training, weight=training, itemsize=itemsize)
+        return decision.dense_seconds(*sizes, rows, machine, x=training, weight=training, dtype=dtype)
 
     @classmethod
     def factorized_seconds(
@@ -209,9 +209,9 @@ class _TensorMap(DispatchedLayer):
         rows: int,
         machine: Machine,
         training: bool = False,
-        itemsize: int = 4,
+        dtype: str = "float32",
     ) -> float:
-        return FactorizedLinear.factorized_seconds(network, settings, rows, machine, training, itemsize)
+        return FactorizedLinear.factorized_seconds(network, settings, rows, machine, training, dtype)
 
     @property
     def fan_in(self) -> int:

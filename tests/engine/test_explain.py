@@ -1,5 +1,6 @@
 """explain(layer, x): what it says runs is what runs, and every alternative is there."""
 
+import types
 from functools import partial
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 import tensorlayers as tl
-from tensorlayers import KernelError, NetworkError, decision, dispatch, explain, matmul, small
+from tensorlayers import KernelError, NetworkError, backend, decision, dispatch, explain, matmul, small
 from tensorlayers.explain import FROZEN, STORED, duration
 from tensorlayers.formats import available
 from tensorlayers.slices import slices
@@ -232,34 +233,38 @@ def expected_program(layer, name, *, cores):
 class TestKernels:
     def test_listed_with_a_reason(self):
         layer = layer_of(tl.CP)
-        for kernel in dispatch.KERNELS:
-            row = by_name(explain(layer, torch.randn(40, 64)).rows)[kernel.name]
-            assert row.refusal == "not a tensor train of two cores"  # whatever the device
+        for name in decision.KERNELS:
+            row = by_name(explain(layer, torch.randn(40, 64)).rows)[name]
+            assert "interpreter" in row.refusal or "not installed" in row.refusal
             assert row.seconds is None
+        for dtype in (torch.float64, torch.bfloat16):
+            found = explain(layer.to(dtype), torch.randn(40, 64, dtype=dtype))
+            assert str(dtype).removeprefix("torch.") in by_name(found.rows)["fused"].refusal
 
     def test_that_runs(self, monkeypatch):
-        kernel = dispatch.Kernel("tt2", "tensorlayers.nowhere", lambda network, device, dtype: None)
-        monkeypatch.setattr(dispatch, "KERNELS", (kernel,))
-        monkeypatch.setattr(dispatch, "kernel_refusal", lambda *args: None)
-        monkeypatch.setitem(dispatch._LOADED, "tt2", lambda rows, network, cores: rows.new_full((len(rows), 48), 7.0))
+        def filled(left, middle, right, out, *rest):
+            out.fill_(7.0)
+
+        monkeypatch.setattr(backend, "refusal", lambda device, dtype: None)
+        monkeypatch.setattr(backend, "load", lambda name: types.SimpleNamespace(run=filled))
         layer, x = layer_of(tl.TT, bias=False), torch.randn(40, 64)
-        assert explain(layer, x).chosen != "tt2"
+        assert explain(layer, x).chosen != "fused"
         with tl.use_kernels("triton"):
-            assert explain(layer, x).chosen == "tt2"
+            assert explain(layer, x).chosen == "fused"
             assert layer(x).eq(7).all()
-        layer.implementation = "tt2"
-        assert explain(layer, x).chosen == "tt2"
+        layer.implementation = "fused"
+        assert explain(layer, x).chosen == "fused"
         assert by_name(explain(layer, x).rows)["contraction"].refusal
         assert layer(x).eq(7).all()
         with tl.use_kernels("torch"):
-            layer.implementation = None
             assert explain(layer, x).chosen in decision.NAMES
+            assert not layer(x).eq(7).any()
 
     def test_that_cannot_run_is_refused_as_by_the_layer(self):
         layer, x = layer_of(tl.CP), torch.randn(40, 64)
         with tl.use_kernels("triton"):
             for call in (layer, lambda x: explain(layer, x)):
-                with pytest.raises(KernelError, match="tt2: "):
+                with pytest.raises(KernelError, match="no Triton kernel supports this call: "):
                     call(x)
         assert dispatch._mode == "auto"
 

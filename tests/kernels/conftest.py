@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from triton.runtime import interpreter
 
@@ -12,4 +14,6 @@ from tests.kernels.support import Watch
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     watch = Watch(interpreter._interpreter)
     monkeypatch.setattr(interpreter, "_interpreter", watch)
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "create_dot", partial(watch.dot, builder.create_dot))
     return watch

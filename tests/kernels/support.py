@@ -7,60 +7,15 @@ instead, and the bfloat16 kernels are compiled ahead of time.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tensorlayers import contraction
-from tensorlayers.network import Network, linear_modes
-
 # Relative RMS error. The inner product is rounded to float16 between the two factors, as torch rounds it.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3}
 HALF, SINGLE = torch.float16, torch.float32
-
-# (o1, o2), (i1, i2), rank, batch
-SHAPES = {
-    "ones": ((1, 1), (1, 1), 1, 1),
-    "tiny": ((2, 3), (3, 2), 2, 3),
-    "primes": ((7, 13), (11, 5), 3, 7),
-    "size-1 modes": ((1, 37), (41, 1), 3, 2),
-    "a row": ((1, 1), (5, 7), 2, 3),
-    "a column": ((7, 5), (1, 1), 2, 3),
-    "whole tiles": ((64, 64), (64, 64), 2, 7),
-    "beyond one output tile": ((67, 131), (33, 5), 2, 3),
-    "128 inner": ((3, 65), (66, 127), 2, 3),
-    "beyond one inner tile": ((3, 5), (131, 133), 1, 3),
-    "beyond one inner tile, aligned": ((16, 16), (144, 16), 1, 3),
-    "i2 first": ((66, 3), (3, 40), 2, 3),
-}
-# float32 has tiles of its own, the smallest 16, and costs more programs.
-SINGLE_SHAPES = {name: SHAPES[name] for name in ("ones", "tiny", "primes", "size-1 modes", "i2 first")} | {
-    "beyond one output tile": ((65, 33), (7, 5), 2, 3),
-    "beyond one inner tile": ((3, 5), (35, 37), 2, 3),
-}
-CASES = [(SINGLE, *shape) for shape in SINGLE_SHAPES.values()] + [(HALF, *shape) for shape in SHAPES.values()]
-NAMES = [f"float32-{name}" for name in SINGLE_SHAPES] + [f"float16-{name}" for name in SHAPES]
-
-
-def tt(out_modes: tuple[int, int], in_modes: tuple[int, int], rank: int) -> Network:
-    return Network((("o1", "i1", "r1"), ("r1", "o2", "i2")), {"r1": rank}, linear_modes(out_modes, in_modes))
-
-
-def draw(network: Network, batch: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """x (batch, in features) and the cores."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((batch, network.features("in")), *network.core_shapes)
-    x, a, g = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-    return x, a, g
-
-
-def dense(network: Network, cores: Sequence[Tensor]) -> Tensor:
-    """W in float64, (out features, in features)."""
-    weight = contraction.to_dense(network, [core.double() for core in cores])
-    return weight.reshape(network.features("out"), network.features("in"))
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -70,40 +25,58 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 
 def within_nan(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy of a 3-d tensor as a view into a larger NaN-filled block, and that block."""
-    # The margin keeps strides that are multiples of 16 (see tt2._is_aligned) what they are.
-    block = torch.full([size + 16 for size in tensor.shape], math.nan, dtype=tensor.dtype)
-    view = block[tuple(slice(2, 2 + size) for size in tensor.shape)]
-    return view.copy_(tensor), block
+    """A copy of a tensor as a view into a larger NaN-filled block, and that block; what is expanded stays so."""
+    # The margin keeps strides that are multiples of 16 what they are. A single index has none: blocks stay small.
+    real = [stride != 0 and size != 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    pairs = list(zip(tensor.shape, real, strict=True))
+    block = torch.full([size + 16 if is_real else 1 for size, is_real in pairs], math.nan, dtype=tensor.dtype)
+    view = block[tuple(slice(2, 2 + size) if is_real else slice(1) for size, is_real in pairs)]
+    given = tensor[tuple(slice(None) if is_real else slice(1) for is_real in real)]
+    return view.copy_(given).expand(tensor.shape), block
 
 
 class Watch:
-    """The interpreter's memory, with every address it touches within a block checked to lie in that block's view."""
+    """The interpreter: every address that it touches within a block is checked to lie in that block's view.
+
+    It counts the elements that are loaded from and stored to blocks, and the FLOPs of matrix products.
+    """
 
     def __init__(self, memory: Any) -> None:
         self._memory = memory
         self._blocks: list[tuple[Tensor, np.ndarray]] = []
-        self.touched = 0
+        self.loaded = self.stored = self.flops = 0
+
+    def counts(self) -> tuple[int, int, int]:
+        return self.loaded, self.stored, self.flops
 
     def add(self, view: Tensor, block: Tensor) -> None:
         offsets = torch.zeros((), dtype=torch.int64)
         for size, stride in zip(view.shape, view.stride(), strict=True):
             offsets = offsets[..., None] + torch.arange(size) * stride
-        self._blocks.append((block, view.data_ptr() + view.element_size() * offsets.flatten().numpy()))
+        first = (view.data_ptr() - block.data_ptr()) // view.element_size()
+        inside = np.zeros(block.numel(), dtype=bool)
+        inside[first + offsets.flatten().numpy()] = True
+        self._blocks.append((block, inside))
 
-    def _check(self, pointers: np.ndarray, mask: np.ndarray) -> None:
+    def _check(self, pointers: np.ndarray, mask: np.ndarray) -> int:
         pointers = pointers[mask].astype(np.int64)
-        for block, addresses in self._blocks:
+        touched = 0
+        for block, inside in self._blocks:
             start = block.data_ptr()
-            within = pointers[(start <= pointers) & (pointers < start + block.nbytes)]
-            if not np.isin(within, addresses).all():
+            within = pointers[(start <= pointers) & (pointers < start + block.nbytes)] - start
+            if not inside[within // block.element_size()].all():
                 raise IndexError("memory beside a tensor is touched")
-            self.touched += within.size
+            touched += within.size
+        return touched
 
     def load(self, pointers: np.ndarray, mask: np.ndarray, *rest: Any) -> Any:
-        self._check(pointers, mask)
+        self.loaded += self._check(pointers, mask)
         return self._memory.load(pointers, mask, *rest)
 
     def store(self, pointers: np.ndarray, values: Any, mask: np.ndarray) -> Any:
-        self._check(pointers, mask)
+        self.stored += self._check(pointers, mask)
         return self._memory.store(pointers, values, mask)
+
+    def dot(self, create: Any, a: Any, b: Any, *rest: Any) -> Any:
+        self.flops += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
+        return create(a, b, *rest)

@@ -1,0 +1,227 @@
+"""Compile the Triton kernels ahead of time, with every row of every launch table, and check what that takes; no GPU.
+
+    python -m benchmarks.aot [--arch sm_90 ...] [--out benchmarks/aot.json]
+
+The file keeps, for each version of Triton that it was run with, the registers and shared memory of each row, and the
+hash of the sources that were compiled. The exit code is 1 if any row spills registers, takes a stack or more shared
+memory than the chip has, or does not use its matrix units.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tensorlayers import launch
+from tensorlayers.kernels import chain
+from tensorlayers.launch import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "tf32": "*fp32"}
+HALF = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as a launch compiles it: arguments of 1 are constants, multiples of 16 are marked.
+
+    Parameters
+    ----------
+    name : str
+        The kernel, and the row of the table.
+    layout : str
+        What else differs: which strides are 1, what follows the product.
+    kernel
+    dtype : str
+        A key of `POINTERS`: the elements, and how products of float32 are rounded.
+    pointers : mapping
+        The tensors among the arguments, with their element type where it is not the dtype's.
+    constants : mapping
+        The values of the arguments that are constants.
+    multiples : collection of str
+        Arguments that are multiples of 16.
+    warps, stages : int
+    large : bool
+        Whether a tile of a product has 64 rows or more, so that sm_90 multiplies it by wgmma.
+    """
+
+    name: str
+    layout: str
+    kernel: Any
+    dtype: str
+    pointers: Mapping[str, str]
+    constants: Mapping[str, Any]
+    multiples: Collection[str]
+    warps: int
+    stages: int
+    large: bool
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel takes: registers a thread, bytes of stack and of shared memory, spilled registers."""
+
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    wgmma: bool
+
+
+def precision(dtype: str) -> str:
+    """How a kernel is told to multiply."""
+    return "tf32" if dtype == "tf32" else "ieee"
+
+
+def dtypes(table_dtype: str) -> tuple[str, ...]:
+    """The dtypes that a row of a table is for."""
+    return HALF if table_dtype == "half" else (table_dtype,)
+
+
+def chain_cases(table: Table) -> Iterator[Case]:
+    """Every row, with a plain result, with float32 sums, with an activation, and with no stride of 1."""
+    names = chain.chain_kernel.arg_names
+    tensors = {"left", "middle", "right", "out", "bias"}
+    ones = dict.fromkeys(("left_p", "middle_q", "right_q", "out_n"), 1)
+    counts = {"heads1", "heads2", "steps", "share"}
+    for number, row in enumerate(table.rows):
+        tiles = row.tiles
+        for layout in ("sums", "activated", "plain" if row.aligned else "free strides"):
+            is_activated, is_free = layout == "activated", layout == "free strides"
+            heads = max(1, tiles.heads // 2) if is_activated else tiles.heads
+            sizes = {"HEADS": heads, "M": tiles.m, "N": tiles.n, "P": tiles.p, "Q": tiles.q}
+            constants = sizes | {
+                "HELD": tiles.held,
+                "ONE_P": tiles.held,
+                "BIASED": layout in ("plain", "activated"),
+                "ACTIVATION": "gelu" if is_activated else "none",
+            }
+            fixed = {} if is_free else ones
+            multiples = tensors if is_free else set(names) - set(constants) - set(fixed) - counts
+            for dtype in dtypes(row.dtype):
+                yield Case(
+                    f"chain {number}", layout, chain.chain_kernel, dtype,
+                    dict.fromkeys(tensors, "") | ({"out": "*fp32"} if layout == "sums" else {}),
+                    constants | fixed | {"PRECISION": precision(dtype)}, multiples,
+                    tiles.warps, tiles.stages, tiles.m >= 64 and row.dtype != "float32",
+                )  # fmt: skip
+
+
+CASES = (chain_cases,)
+
+
+def cases(arch: str) -> list[Case]:
+    """All of an architecture."""
+    return [case for kind in CASES for case in kind(launch.shipped(arch))]
+
+
+def compiled(case: Case, arch: str) -> Usage:
+    """Compile a case for an architecture."""
+    names = case.kernel.arg_names
+    signature = {
+        k: "constexpr" if k in case.constants
+        else (case.pointers[k] or POINTERS[case.dtype]) if k in case.pointers else "i32"
+        for k in names
+    }  # fmt: skip
+    attributes = {(names.index(k),): [["tt.divisibility", 16]] for k in set(case.multiples) - set(case.constants)}
+    is_amd = arch.startswith("gfx")
+    kernel = triton.compile(
+        ASTSource(case.kernel, signature, dict(case.constants), attributes),
+        target=GPUTarget("hip", arch, 64) if is_amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
+        options={"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True},
+    )
+    return _amd_usage(kernel) if is_amd else _nvidia_usage(kernel)
+
+
+def _amd_usage(kernel: Any) -> Usage:
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", kernel.asm["amdgcn"])
+        assert found, name
+        return int(found[1])
+
+    stack, spills = number("private_segment_fixed_size"), number("vgpr_spill_count") + number("sgpr_spill_count")
+    return Usage(number("vgpr_count"), stack, spills, kernel.metadata.shared, False)
+
+
+def _nvidia_usage(kernel: Any) -> Usage:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(kernel.asm["cubin"])
+        binary.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", binary.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    counts = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    wgmma = "wgmma.mma_async" in kernel.asm["ptx"]
+    return Usage(counts["REG"], counts["STACK"], counts["LOCAL"], kernel.metadata.shared, wgmma)
+
+
+def faults(case: Case, usage: Usage, table: Table) -> list[str]:
+    """What is wrong with a compiled case."""
+    found = []
+    if usage.spills or usage.stack:
+        found.append(f"{usage.spills} registers spilled, {usage.stack} bytes of stack")
+    if usage.shared > table.shared_memory:
+        found.append(f"{usage.shared} bytes of shared memory; the chip has {table.shared_memory}")
+    if table.arch == "sm_90" and case.large != usage.wgmma:
+        found.append("no wgmma" if case.large else "wgmma in full precision")
+    return found
+
+
+def sources() -> str:
+    """The hash of all that is compiled: the kernels and the launch tables."""
+    digest = hashlib.sha256()
+    files = [*(ROOT / "kernels").glob("*.py"), *launch.SHIPPED.glob("*.json")]
+    for path in sorted(files, key=lambda path: path.name):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def measured(arch: str) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """For each row and dtype the most that any layout takes; and what is wrong."""
+    table, rows, wrong = launch.shipped(arch), {}, []
+    for case in cases(arch):
+        usage = compiled(case, arch)
+        wrong += [f"{arch} {case.name} {case.dtype} {case.layout}: {fault}" for fault in faults(case, usage, table)]
+        row = rows.setdefault(f"{case.name} {case.dtype}", {"registers": 0, "shared": 0})
+        for name in row:
+            row[name] = max(row[name], getattr(usage, name))
+    return rows, wrong
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", choices=launch.architectures(), default=launch.architectures())
+    parser.add_argument("--out", type=Path, help="the JSON file, in which other versions of Triton are kept")
+    given = parser.parse_args(arguments)
+    wrong: list[str] = []
+    found = {}
+    for arch in given.arch:
+        found[arch], more = measured(arch)
+        print(f"triton {triton.__version__}, {arch}: {len(found[arch])} rows, {len(more)} faults", flush=True)
+        wrong += more
+    print(*wrong, sep="\n")
+    if given.out:
+        before = json.loads(given.out.read_text()) if given.out.exists() else {}
+        versions = before.get("triton", {}) if before.get("sources") == sources() else {}
+        versions[triton.__version__] = {"faults": wrong, **found}
+        text = json.dumps({"sources": sources(), "triton": dict(sorted(versions.items()))}, indent=1)
+        # A row a line.
+        given.out.write_text(re.sub(r"\{\s+(\"registers\": \d+),\s+(\"shared\": \d+)\s+\}", r"{\1, \2}", text) + "\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""A sum of chains of three matrices, as one Triton kernel: out = sum_t left_t middle_t right_t, for every head.
+
+    out[h, m, n] = sum_{t, p, q} left[h, t, m, p] middle[h, t, p, q] right[h, t, q, n]
+
+A head is a pair of indices, and every operand is passed with its strides, which are 0 where it does not depend on an
+index. So the kernel is any product of three operands that `tensorlayers.chain` finds such a form for: two cores that
+meet the rows of a layer, and the gradients of all three. What lies between the two products never leaves the chip.
+
+Terms may be shared among programs, which leave float32 sums in memory. A second kernel adds those in a fixed order, so
+that two runs agree bit by bit; there are no atomics. On the CPU both run in Triton's interpreter
+(``TRITON_INTERPRET=1``, set before Triton is imported).
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tensorlayers import launch as launches
+from tensorlayers.errors import KernelError
+from tensorlayers.launch import Problem
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_FINISHED = 1024  # elements that a program of `finish_kernel` takes
+
+
+@triton.jit
+@no_type_check
+def activated(value, ACTIVATION: tl.constexpr):
+    """An activation of float32 values; the names are those of `tensorlayers.activation`."""
+    if ACTIVATION == "relu":
+        value = tl.maximum(value, 0.0)
+    elif ACTIVATION == "silu":
+        value = value * tl.sigmoid(value)
+    elif ACTIVATION == "gelu":
+        value = 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # tanh(u) = 2 sigmoid(2 u) - 1
+        value = value * tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
+    return value
+
+
+@triton.jit
+@no_type_check
+def chain_kernel(
+    left, middle, right, out, bias,
+    heads1, heads2, steps, share, m, n, p, q,
+    left_h1, left_h2, left_t, left_m, left_p,
+    middle_h1, middle_h2, middle_t, middle_p, middle_q,
+    right_h1, right_h2, right_t, right_q, right_n,
+    out_s, out_h1, out_h2, out_m, out_n,
+    bias_h1, bias_h2, bias_m, bias_n,
+    HEADS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
+    HELD: tl.constexpr, ONE_P: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile (M, N) of HEADS heads, of `share` of the steps; a step is a term and a tile of q.
+
+    HELD: p and q fit in one tile each and the middle is the same for all terms, so it is loaded once. ONE_P: p fits.
+    """
+    m_tiles, n_tiles = tl.cdiv(m, M), tl.cdiv(n, N)
+    # 64-bit from here on: every offset below derives from these.
+    program = tl.program_id(0).to(tl.int64)
+    rows = (program // n_tiles % m_tiles * M + tl.arange(0, M))[:, None]
+    columns = (program % n_tiles * N + tl.arange(0, N))[None, :]
+    place = program // (m_tiles * n_tiles)
+    second = place % heads2
+    place = place // heads2
+    blocks = tl.cdiv(heads1, HEADS)
+    first = place % blocks * HEADS
+    part = place // blocks
+    inner1 = tl.arange(0, P).to(tl.int64)
+    inner2 = tl.arange(0, Q).to(tl.int64)
+    left += first * left_h1 + second * left_h2 + rows * left_m
+    middle += first * middle_h1 + second * middle_h2
+    right += first * right_h1 + second * right_h2 + columns * right_n
+
+    # The interpreter refuses a scalar in a mask: heads past the last have a height of 0 instead.
+    held = ()
+    if HELD:
+        for h in tl.static_range(HEADS):
+            inside = (inner1 < tl.where(first + h < heads1, p, 0))[:, None] & (inner2 < q)[None, :]
+            at_held = middle + h * middle_h1 + inner1[:, None] * middle_p + inner2[None, :] * middle_q
+            held = held + (tl.load(at_held, inside, 0.0),)
+    sums = ()
+    for _ in tl.static_range(HEADS):
+        sums = sums + (tl.zeros((M, N), tl.float32),)
+    q_tiles = tl.cdiv(q, Q)
+    for step in range(part * share, tl.minimum(part * share + share, steps)):
+        if HELD:
+            term, at2 = step, inner2
+        else:
+            term, at2 = step // q_tiles, step % q_tiles * Q + inner2
+        at_right = right + term * right_t + at2[:, None] * right_q
+        last = tl.load(at_right, (at2 < q)[:, None] & (columns < n), 0.0)
+        if ONE_P:
+            given = tl.load(left + term * left_t + inner1[None, :] * left_p, (rows < m) & (inner1 < p)[None, :], 0.0)
+        grown = ()
+        for h in tl.static_range(HEADS):
+            inner = tl.zeros((M, Q), tl.float32)
+            for k1 in range(0, P if ONE_P else p, P):
+                at1 = k1 + inner1
+                if not ONE_P:
+                    at_left = left + term * left_t + at1[None, :] * left_p
+                    given = tl.load(at_left, (rows < m) & (at1 < p)[None, :], 0.0)
+                if HELD:
+                    between = held[h]
+                else:
+                    inside = (at1 < tl.where(first + h < heads1, p, 0))[:, None] & (at2 < q)[None, :]
+                    at = middle + h * middle_h1 + term * middle_t
+                    between = tl.load(at + at1[:, None] * middle_p + at2[None, :] * middle_q, inside, 0.0)
+                inner = tl.dot(given, between, inner, input_precision=PRECISION)
+            grown = grown + (tl.dot(inner.to(last.dtype), last, sums[h], input_precision=PRECISION),)
+        sums = grown
+
+    out += part * out_s + second * out_h2 + rows * out_m + columns * out_n
+    # Of a bias 32 bits address all, and take fewer registers.
+    bias += second * bias_h2
+    at_bias = rows.to(tl.int32) * bias_m + columns.to(tl.int32) * bias_n
+    for h in tl.static_range(HEADS):
+        inside = (rows < tl.where(first + h < heads1, m, 0)) & (columns < n)
+        value = sums[h]
+        if BIASED:
+            value += tl.load(bias + (first + h) * bias_h1 + at_bias, inside, 0.0).to(tl.float32)
+        value = activated(value, ACTIVATION)
+        tl.store(out + (first + h) * out_h1, value.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+@no_type_check
+def finish_kernel(
+    sums, out, bias, elements, parts, heads2, m, n,
+    out_h1, out_h2, out_m, out_n,
+    bias_h1, bias_h2, bias_m, bias_n,
+    SIZE: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Add the parts of `chain_kernel`, (parts, heads1, heads2, m, n), one after another."""
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = place < elements
+    total = tl.zeros((SIZE,), tl.float32)
+    sums += place
+    for _ in range(parts):
+        total += tl.load(sums, inside, 0.0)
+        sums += elements
+    column, rest = place % n, place // n
+    row, rest = rest % m, rest // m
+    second, first = rest % heads2, rest // heads2
+    if BIASED:
+        at = first * bias_h1 + second * bias_h2 + row * bias_m + column * bias_n
+        total += tl.load(bias + at, inside, 0.0).to(tl.float32)
+    total = activated(total, ACTIVATION)
+    at = first * out_h1 + second * out_h2 + row * out_m + column * out_n
+    tl.store(out + at, total.to(out.dtype.element_ty), inside)
+
+
+def problem(left: Tensor, middle: Tensor, right: Tensor, out: Tensor, activation: str = "none") -> Problem:
+    """What is to be launched for these operands; see `run`."""
+    h1, h2, terms, m, p = left.shape
+    q, n = right.shape[3:]
+    dtype = "half" if out.dtype.itemsize == 2 else "float32"
+    if dtype == "float32" and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        dtype = "tf32"
+    shared = h1 == 1 or left.stride(0) == right.stride(0) == 0
+    held = terms == 1 or middle.stride(2) == 0
+    aligned = all(_is_aligned(operand) for operand in (left, middle, right, out))
+    return Problem((h1, h2), terms, m, n, p, q, shared, held, dtype, aligned, activation != "none")
+
+
+def run(
+    left: Tensor,  # (heads1, heads2, terms, m, p)
+    middle: Tensor,  # (heads1, heads2, terms, p, q)
+    right: Tensor,  # (heads1, heads2, terms, q, n)
+    out: Tensor,  # (heads1, heads2, m, n)
+    bias: Tensor | None = None,  # the shape of out
+    activation: str = "none",
+) -> None:
+    """Write the sum of chains into `out`; all strides are free (0 where an operand is expanded), all dtypes the same.
+
+    What is added and stored is computed in float32: the bias may be of any of the dtypes.
+
+    Raises
+    ------
+    KernelError
+        If the dtypes differ, or are neither float16, bfloat16 nor float32, or are bfloat16 on the CPU.
+    """
+    dtypes = {tensor.dtype for tensor in (left, middle, right, out)}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        raise KernelError(f"chain: one dtype, float16, bfloat16 or float32; got {sorted(map(str, dtypes))}")
+    if out.dtype == torch.bfloat16 and out.device.type == "cpu":
+        raise KernelError("chain: Triton's interpreter computes bfloat16 wrongly; use float16 or float32 on the CPU")
+    if out.numel() == 0:
+        return
+    if left.numel() == 0 or right.numel() == 0:  # an empty sum
+        out.zero_()
+        if bias is not None or activation != "none":
+            raise KernelError("chain: an empty sum has no epilogue")
+        return
+    left, right = _packed(left), _packed(right)
+    sizes = problem(left, middle, right, out, activation)
+    table = launches.table(launches.architecture(out.device))
+    found = launches.launch(sizes, table)
+    (h1, h2), tiles = sizes.heads, found.tiles
+    biased = bias is not None
+    given = out if bias is None else bias  # not read without one
+    sums = out
+    if found.parts > 1:
+        sums = out.new_empty((found.parts, h1, h2, sizes.m, sizes.n), dtype=torch.float32)
+    whole = found.parts == 1
+    strides = (0, *out.stride()) if whole else sums.stride()
+    with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
+        chain_kernel[(found.programs,)](
+            left, middle, right, sums, given,
+            h1, h2, found.steps, found.share, sizes.m, sizes.n, sizes.p, sizes.q,
+            *left.stride(), *middle.stride(), *right.stride(), *strides, *given.stride(),
+            tiles.heads, tiles.m, tiles.n, tiles.p, tiles.q, tiles.held, sizes.p <= tiles.p,
+            biased and whole, activation if whole else "none", "tf32" if sizes.dtype == "tf32" else "ieee",
+            num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+        if not whole:
+            finish_kernel[(triton.cdiv(out.numel(), _FINISHED),)](
+                sums, out, given, out.numel(), found.parts, h2, sizes.m, sizes.n,
+                *out.stride(), *given.stride(), _FINISHED, biased, activation,
+            )  # fmt: skip
+
+
+def _packed(operand: Tensor) -> Tensor:
+    """A left or right operand, which is read again and again, with one of its last two axes contiguous."""
+    if 1 in operand.stride()[3:]:
+        return operand
+    core = operand[tuple(slice(None) if stride else slice(1) for stride in operand.stride())]  # without expansions
+    return core.contiguous().expand(operand.shape)
+
+
+def _is_aligned(operand: Tensor) -> bool:
+    """Whether Triton can see that matrices are addressable in vectors: multiples of 16."""
+    sizes, strides = operand.shape[-2:], operand.stride()
+    axis = 1 if strides[-1] == 1 else 0
+    others = [stride for k, stride in enumerate(strides) if k != operand.dim() - 2 + axis]
+    return strides[-2:][axis] == 1 and all(n % 16 == 0 for n in (sizes[axis], *others))

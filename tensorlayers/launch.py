@@ -1,0 +1,344 @@
+"""How a Triton kernel is launched: tiles from a static table for each architecture, and what that is predicted to take.
+
+A table is a JSON file, in the directory ``launches`` of the package or as `tensorlayers tune` measured it. Nothing is
+tried at run time: a launch depends on the sizes alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .errors import CostModelError
+from .machine import measured
+
+SHIPPED = Path(__file__).resolve().parent / "launches"
+DEFAULT = "sm_90"
+"""The architecture that predictions are made for where there is no GPU; the interpreter takes its tiles too."""
+
+_MOST_PARTS = 512
+
+
+class Problem(NamedTuple):
+    """The sizes of a sum of chains, ``out[h, m, n] = sum_t left[h, t] (m, p) middle[h, t] (p, q) right[h, t] (q, n)``.
+
+    `shared`: left and right are the same for all values of the first of the two indices of a head. `held`: the middle
+    is the same for all terms. `dtype`: "half" (16 bits), "tf32" or "float32", which is multiplied in full precision.
+    `aligned`: all are addressed in vectors. `activated`: an activation follows, which takes registers.
+    """
+
+    heads: tuple[int, int]
+    terms: int
+    m: int
+    n: int
+    p: int
+    q: int
+    shared: bool
+    held: bool
+    dtype: str = "half"
+    aligned: bool = True
+    activated: bool = False
+
+    @property
+    def flops(self) -> int:
+        """FLOPs without what tiles waste."""
+        return 2 * math.prod(self.heads) * self.terms * self.m * self.q * (self.p + self.n)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes an element."""
+        return 2 if self.dtype == "half" else 4
+
+
+class Tiles(NamedTuple):
+    """A launch configuration: heads a program, the tile of each dimension, warps and pipeline stages.
+
+    `held`: p and q fit in a tile each and the middle is the same for all terms, so that it is loaded once.
+    """
+
+    heads: int
+    m: int
+    n: int
+    p: int
+    q: int
+    held: bool
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: the tiles of the problems that it is for; of several rows the first one counts.
+
+    Parameters
+    ----------
+    dtype : str
+    shared, held : bool
+        As of a `Problem`, `held` where both p and q are at most `inner`.
+    inner, n, m : int or None
+        The largest sizes that it is for: of p and q, of n, of m; None: any.
+    aligned : bool
+        Whether it is for aligned problems alone.
+    tiles : Tiles
+    """
+
+    dtype: str
+    shared: bool
+    held: bool
+    inner: int | None
+    n: int | None
+    m: int | None
+    aligned: bool
+    tiles: Tiles
+
+    def fits(self, problem: Problem) -> bool:
+        """Whether it is for a problem."""
+        sizes = (self.inner, max(problem.p, problem.q)), (self.n, problem.n), (self.m, problem.m)
+        return (
+            self.dtype == problem.dtype
+            and self.shared <= problem.shared
+            and self.held <= problem.held
+            and self.aligned <= problem.aligned
+            and all(most is None or size <= most for most, size in sizes)
+        )
+
+
+@dataclass(frozen=True)
+class Table:
+    """The launch table of an architecture, and what it does.
+
+    Parameters
+    ----------
+    arch : str
+        "sm_90", "gfx942", ...
+    processors : int
+    shared_memory : int
+        Bytes that a program may have.
+    rates : mapping
+        FLOP/s that the kernels reach on the whole chip, by the dtype of a `Problem`.
+    cache, memory : float
+        Bytes/s between processors and cache, and of main memory.
+    launch, step : float
+        Seconds that a launch takes, in a row of them, and that one step of a program takes at least.
+    kernels : mapping
+        Of each kernel but that of chains, by the dtype of a `Problem`: its launch configuration.
+    rows : tuple of Row
+        Of the kernel of chains.
+    """
+
+    arch: str
+    processors: int
+    shared_memory: int
+    rates: dict[str, float]
+    cache: float
+    memory: float
+    launch: float
+    step: float
+    kernels: dict[str, dict[str, dict[str, int]]]
+    rows: tuple[Row, ...]
+
+    # Compared and hashed by what it is: launches are cached on it.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def row(self, problem: Problem) -> Row:
+        """The first row that fits."""
+        return next(row for row in self.rows if row.fits(problem))
+
+
+class Launch(NamedTuple):
+    """How a problem is launched.
+
+    Parameters
+    ----------
+    tiles : Tiles
+    steps, share, parts : int
+        Steps of the loop over terms and tiles of q; how many a program takes; among how many programs they are shared.
+    programs : int
+    flops : int
+        FLOPs of the matrix units, those wasted at ragged tiles among them.
+    loaded, stored : int
+        Elements that programs load; that they store, float32 where the steps are shared.
+    seconds : float
+        The predicted time.
+    """
+
+    tiles: Tiles
+    steps: int
+    share: int
+    parts: int
+    programs: int
+    flops: int
+    loaded: int
+    stored: int
+    seconds: float
+
+
+@lru_cache(maxsize=4096)
+def launch(problem: Problem, table: Table) -> Launch:
+    """The launch of a problem, none of whose sizes is 0.
+
+    With the tiles of its row, heads are spread over more programs, and steps too, as the predicted time says.
+    """
+    tiles = table.row(problem).tiles
+    found = []
+    heads = max(1, tiles.heads // 2) if problem.activated else tiles.heads
+    while heads:
+        steps = problem.terms * (1 if tiles.held else _blocks(problem.q, tiles.q))
+        parts = 1
+        while parts <= min(steps, _MOST_PARTS):
+            found.append(_launch(problem, table, tiles._replace(heads=heads), steps, parts))
+            parts *= 2
+        heads //= 2
+    return min(found, key=lambda one: one.seconds)
+
+
+def _launch(problem: Problem, table: Table, tiles: Tiles, steps: int, parts: int) -> Launch:
+    (h1, h2), _, m, n, p, q, *_ = problem
+    share = _blocks(steps, parts)
+    parts = _blocks(steps, share)
+    blocks = _blocks(h1, tiles.heads) * h2
+    m_tiles, n_tiles, p_tiles = _blocks(m, tiles.m), _blocks(n, tiles.n), _blocks(p, tiles.p)
+    programs = parts * blocks * m_tiles * n_tiles
+    once = tiles.heads * 2 * tiles.m * tiles.q * (p_tiles * tiles.p + tiles.n)  # a program's step
+    flops = blocks * m_tiles * n_tiles * steps * once
+    left = blocks * (1 if p_tiles == 1 else tiles.heads) * n_tiles * steps * m * p
+    middle = h1 * h2 * m_tiles * n_tiles * (parts if tiles.held else problem.terms) * p * q
+    right = blocks * m_tiles * problem.terms * q * n
+    loaded, stored = left + middle + right, parts * h1 * h2 * m * n
+    # Each of `waves` programs of a processor takes its steps one after another.
+    waves = _blocks(programs, table.processors)
+    arithmetic = waves * share * once / (table.rates[problem.dtype] / table.processors)
+    latency = _blocks(programs, 2 * table.processors) * (share + 2) * table.step
+    cached = (loaded + stored) * problem.itemsize / table.cache
+    unique = problem.itemsize * (_unique(problem) + h1 * h2 * m * n) / table.memory
+    seconds = table.launch + max(arithmetic, latency, cached, unique)
+    if parts > 1:
+        seconds += table.launch + 2 * 4 * stored / table.cache
+    return Launch(tiles, steps, share, parts, programs, flops, loaded, stored, seconds)
+
+
+def _unique(problem: Problem) -> int:
+    """Elements of the operands, at least: those of left and right once for heads that share them."""
+    (h1, h2), terms, m, n, p, q, shared, held, *_ = problem
+    outer = (1 if shared else h1) * h2 * terms
+    return outer * (m * p + q * n) + h1 * h2 * (1 if held else terms) * p * q
+
+
+def _blocks(size: int, tile: int) -> int:
+    return -(-size // tile)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def architecture(device: torch.device | str) -> str:
+    """The name of a device's architecture, "sm_90" or "gfx942"; `DEFAULT` where it is no GPU."""
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return DEFAULT
+    return _architecture(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache
+def _architecture(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@lru_cache
+def table(arch: str = DEFAULT) -> Table:
+    """The table of an architecture: measured on this machine if it was, else as shipped; read once a process.
+
+    An architecture without a table has that of the nearest older one of its maker, which asks for no more than it has.
+    """
+    directory = measured()
+    path = None if directory is None else directory / f"{arch}.json"
+    try:
+        if path is not None and path.is_file():
+            return read(path)
+    except (CostModelError, OSError) as error:
+        warnings.warn(f"{error}; the shipped table is used", stacklevel=2)
+    return shipped(arch)
+
+
+def shipped(arch: str) -> Table:
+    """The table that comes with the package, whatever was measured."""
+    return read(SHIPPED / f"{_nearest(arch)}.json")
+
+
+def architectures() -> tuple[str, ...]:
+    """Those that there are tables for."""
+    return tuple(sorted((path.stem for path in SHIPPED.glob("*.json")), key=_version))
+
+
+def _version(arch: str) -> tuple[str, int]:
+    maker = arch.rstrip("0123456789abcdef") if arch.startswith("gfx") else "sm_"
+    digits = "".join(character for character in arch if character.isdigit())
+    return maker, int(digits or 0)
+
+
+def _nearest(arch: str) -> str:
+    known = architectures()
+    older = [other for other in known if other[:2] == arch[:2] and _version(other) <= _version(arch)]
+    same = [other for other in known if other[:2] == arch[:2]]
+    return (older or same[:1] or [DEFAULT])[-1]
+
+
+_ROW = ("dtype", "shared", "held", "inner", "n", "m", "aligned")
+
+
+def read(path: Path) -> Table:
+    """Read a table.
+
+    Raises
+    ------
+    CostModelError
+        If it is no JSON object of these fields, or its last rows do not take whatever comes.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        rows = tuple(
+            Row(**{name: row[name] for name in _ROW}, tiles=Tiles(held=row["held"], **row["tiles"]))
+            for row in found.pop("rows")
+        )
+        made = Table(**found, rows=rows)
+        check(made)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        remedy = "delete the file, or run `tensorlayers tune` again"
+        raise CostModelError(f"{path}: no launch table ({type(error).__name__}: {error}); {remedy}") from None
+    return made
+
+
+def check(made: Table) -> None:
+    """Whether a table has a row for every problem, and sound tiles; a ValueError says what is wrong."""
+    for row in made.rows:
+        for name, size in zip(Tiles._fields, row.tiles, strict=True):
+            if name != "held" and not (type(size) is int and size >= 1):
+                raise ValueError(f"{name} is an integer of at least 1; got {size!r}")
+        sizes = row.tiles.m, row.tiles.n, row.tiles.p, row.tiles.q
+        if any(size < 16 or size & (size - 1) for size in sizes) or row.tiles.heads & (row.tiles.heads - 1):
+            raise ValueError(f"tiles are powers of two, those of matrices at least 16; got {row.tiles}")
+        if row.held and (row.inner is None or min(row.tiles.p, row.tiles.q) < row.inner):
+            raise ValueError(f"a middle that is held fits in its tile; got {row}")
+        if row.tiles.heads > 1 and not row.shared:
+            raise ValueError(f"several heads a program share left and right; got {row}")
+    for dtype in ("half", "tf32", "float32"):
+        large = 10**9
+        problem = Problem((1, 1), 1, large, large, large, large, False, False, dtype, False)
+        if not any(row.fits(problem) for row in made.rows):
+            raise ValueError(f"no row for {problem}")
+    numbers = [made.processors, made.shared_memory, made.cache, made.memory, made.launch, made.step]
+    if not all(isinstance(x, (int, float)) and x > 0 for x in (*numbers, *made.rates.values())):
+        raise ValueError("every constant is a positive number")
+    if set(made.rates) != {"half", "tf32", "float32"}:
+        raise ValueError(f"rates of half, tf32 and float32; got {sorted(made.rates)}")
