@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .activation import activation as activation_of
 from .precision import at_least_single
 
 
@@ -36,6 +39,10 @@ class Multilinear(ABC):
     @abstractmethod
     def forward(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """y, outside of autograd. The bias lies along dimension 1."""
+
+    def activated(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, activation: str) -> Tensor:
+        """The activation of y, outside of autograd."""
+        return activation_of(activation)(self.forward(x, cores, bias))
 
     @abstractmethod
     def gradients(self, dy: Tensor, x: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -145,10 +152,34 @@ def is_jit_traced() -> bool:
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
+class _Dry(threading.local):
+    """Whether products give no results; see `without_results`."""
+
+    is_on = False
+
+
+_dry = _Dry()
+
+
+@contextmanager
+def without_results() -> Iterator[None]:
+    """In this context products save what their backward needs, and return memory that nothing was written to.
+
+    For a recomputation, which drops what it returns. Where torch traces or transforms, they give their results.
+    """
+    before, _dry.is_on = _dry.is_on, True
+    try:
+        yield
+    finally:
+        _dry.is_on = before
+
+
 def _run(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:
     if is_traced():
         y: Tensor = _product(x, list(cores), bias, spec)
         return y
+    if _dry.is_on:
+        return x.new_empty(built(spec).shape(x.shape))
     return built(spec).forward(x, cores, bias)
 
 

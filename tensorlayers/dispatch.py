@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, backend, codegen, conv_chunks, convolution, decision, functional
+from .activation import activation as activation_of
 from .contraction import constant_when_compiled
 from .conv_maps import Window
 from .convolution import ConvPlan
@@ -178,6 +179,45 @@ def linear(
         return _multiply(rows, network, cores, bias, implementation, backward)
 
     return functional.linear(x, network, cores, bias, out_features=out_features, product=product)
+
+
+def activated(
+    x: Tensor,  # (*batch, in_features)
+    network: Network,
+    cores: Sequence[Tensor],
+    bias: Tensor | None = None,  # (out_features,)
+    *,
+    activation: str,
+    out_features: int | None = None,
+    implementation: str | None = None,
+) -> Tensor:  # (*batch, out_features)
+    """`linear` and an activation, without gradients; a Triton kernel applies both to what it stores.
+
+    Parameters
+    ----------
+    x, network, cores, bias, out_features, implementation
+        As of `linear`.
+    activation : str
+        One of `activation.ACTIVATIONS`.
+
+    Raises
+    ------
+    NetworkError, KernelError
+        As `linear`; or if there is no such activation.
+    """
+    apply = activation_of(activation)
+    is_padded = (out_features or network.features("out")) != network.features("out")
+    rows = cast_for_autocast(x)[0]
+    forced, kernels = kernels_for(rows, implementation)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not kernels or is_padded:
+        return apply(linear(x, network, cores, bias, out_features=out_features, implementation=implementation))
+    rows, *cores = cast_for_autocast(x, *cores)
+
+    def product(rows: Tensor, network: Network, cores: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else bias.to(rows.dtype)
+        return autograd.built(row_product(network, forced, kernels)).activated(rows, cores, bias, activation)
+
+    return functional.linear(rows, network, cores, bias, out_features=out_features, product=product)
 
 
 def conv(

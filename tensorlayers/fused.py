@@ -10,6 +10,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from . import adjoint, backend, chain, contraction
+from .activation import activation as activation_of
 from .chain import Chain, Indices
 from .contraction import BATCH, Plan
 from .cost import Cost
@@ -44,14 +45,19 @@ class Stage:
     back: tuple[Chain | Plan | None, ...]
 
     def run(
-        self, how: Chain | Plan, tensors: Sequence[Tensor], sizes: Mapping[str, int], bias: Tensor | None = None
+        self,
+        how: Chain | Plan,
+        tensors: Sequence[Tensor],
+        sizes: Mapping[str, int],
+        bias: Tensor | None = None,
+        activation: str = "none",
     ) -> Tensor:
         """The product, or one of its gradients."""
         if isinstance(how, Plan):
             return contraction.execute(how, tensors)
         out = tensors[0].new_empty([sizes[index] for index in how.result])
         along = None if bias is None else how.as_result(bias, how.result[1:], sizes)
-        backend.load("chain").run(*how.views(tensors, sizes), how.as_result(out, how.result, sizes), along)
+        backend.load("chain").run(*how.views(tensors, sizes), how.as_result(out, how.result, sizes), along, activation)
         return out
 
     @property
@@ -80,15 +86,16 @@ class Fused(KernelProgram):
     def _rows(self, x: Tensor) -> Tensor:
         return x.reshape(x.shape[0], *self.network.mode_sizes("in"))
 
-    def forward(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        sizes, rows = self._sizes(x), self._rows(x)
-        for stage in self.stages:
-            along = None
-            if bias is not None and stage is self.stages[-1] and stage.takes_bias:
-                along, bias = bias.reshape(self.network.mode_sizes("out")), None
-            rows = stage.run(stage.ahead, (rows, *merged(stage, cores)), sizes, along)
-        y = rows.reshape(x.shape[0], self.network.features("out"))
-        return y if bias is None else y + bias
+    def forward(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, activation: str = "none") -> Tensor:
+        sizes, rows, last = self._sizes(x), self._rows(x), self.stages[-1]
+        for stage in self.stages[:-1]:
+            rows = stage.run(stage.ahead, (rows, *merged(stage, cores)), sizes)
+        operands, shape = (rows, *merged(last, cores)), (x.shape[0], self.network.features("out"))
+        if last.takes_bias:
+            along = None if bias is None else bias.reshape(self.network.mode_sizes("out"))
+            return last.run(last.ahead, operands, sizes, along, activation).reshape(shape)
+        y = last.run(last.ahead, operands, sizes).reshape(shape)
+        return activation_of(activation)(y if bias is None else y + bias)
 
     def gradients(self, dy: Tensor, x: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
         sizes = self._sizes(x)

@@ -47,6 +47,13 @@ class RowProduct(autograd.Multilinear):
             return x.new_empty(self.shape(x.shape))
         return self._forward(functional.padded(x, self.network), cores, bias)
 
+    def activated(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, activation: str) -> Tensor:
+        program = self._decided(x)[0].program if x.shape[0] else None
+        if not isinstance(program, KernelProgram):
+            return super().activated(x, cores, bias, activation)
+        with without_autocast(x):
+            return program.forward(functional.padded(x, self.network), cores, bias, activation)
+
     def _forward(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, added: Tensor | None = None) -> Tensor:
         chosen, pieces = self._decided(x)
         for piece in pieces:

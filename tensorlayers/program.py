@@ -155,8 +155,8 @@ class KernelProgram(ABC):
     intermediate: int = 0
 
     @abstractmethod
-    def forward(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """(rows, in features), the cores, (out features,) -> (rows, out features)."""
+    def forward(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, activation: str = "none") -> Tensor:
+        """(rows, in features), the cores, (out features,) -> (rows, out features), activated."""
 
     @abstractmethod
     def gradients(self, dy: Tensor, x: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:

@@ -50,7 +50,7 @@ ORDER = [
     {"backend"},
     {"contraction", "precision", "chain"},
     {"cost", "launch"},
-    {"network", "machine", "timing"},
+    {"network", "machine", "timing", "activation"},
     {"errors"},
 ]
 

@@ -14,6 +14,7 @@ from .embedding import FactorizedEmbedding, FactorizedEmbeddingBag
 from .frozen import freeze, unfreeze
 from .kind import Settings
 from .linear import FactorizedLinear
+from .mlp import FactorizedMLP
 from .registry import layer_type, layer_types
 from .regression import TensorContraction, TensorLinear, TensorRegression
 
@@ -29,6 +30,7 @@ __all__ = [
     "FactorizedEmbeddingBag",
     "FactorizedLayer",
     "FactorizedLinear",
+    "FactorizedMLP",
     "ProjectedAttention",
     "Settings",
     "TensorContraction",

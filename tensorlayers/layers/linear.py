@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import contraction, cost, decision, dispatch
+from ..activation import activation as activation_of
 from ..cost import Cost
 from ..errors import NetworkError
 from ..formats import Format, LowRank
@@ -194,6 +195,33 @@ class FactorizedLinear(DispatchedLayer):
             out_features=self.out_features,
             implementation=self.implementation,
             backward=self.backward,
+        )
+
+    def activated(self, input: Tensor, activation: str) -> Tensor:
+        """The activation of what the layer gives, without gradients, in one kernel where there is one.
+
+        Parameters
+        ----------
+        input : Tensor
+            ``(*batch, in_features)``.
+        activation : str
+            "relu", "silu", "gelu", "gelu_tanh" or "none".
+
+        Returns
+        -------
+        Tensor
+            ``(*batch, out_features)``.
+        """
+        if torch.is_grad_enabled() or input.is_nested or self.frozen or input.shape[-1:] != (self.in_features,):
+            return activation_of(activation)(self(input))
+        return dispatch.activated(
+            input,
+            self.own_network,
+            self.active_cores(),
+            self.bias,
+            activation=activation,
+            out_features=self.out_features,
+            implementation=self.implementation,
         )
 
     def to_module(self) -> nn.Module:

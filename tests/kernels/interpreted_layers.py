@@ -5,6 +5,7 @@ Run by test_layers.py in a process of its own, as interpreted_chain.py is.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -238,6 +239,26 @@ def test_fully_sharded(tmp_path: Any, launched: list[tuple[int, ...]]) -> None:
             assert error(parameter.grad.full_tensor(), reference) < 3 * TOLERANCE[SINGLE]
     finally:
         distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_an_mlp_applies_its_activation_in_the_kernel(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    mlp = tl.FactorizedMLP(20, 24, activation=activation, format=tl.TT(2))
+    x, applied, run = torch.randn(3, 20), [], kernel.run
+    monkeypatch.setattr(kernel, "run", lambda *args: (applied.append(args[5]), run(*args))[1])
+    expected = copy.deepcopy(mlp).double()(x.double())
+    with tl.use_kernels("triton"):
+        with torch.no_grad():
+            y = mlp(x)
+        assert applied == (["gelu", "none"] if activation == "gelu" else ["silu", "none", "none"])
+        assert error(y, expected) < 3 * TOLERANCE[SINGLE]
+        applied.clear()
+        y = mlp(x)
+        assert error(y, expected) < 3 * TOLERANCE[SINGLE]
+        y.sum().backward()
+    # Forward; the layers before the activation again; the gradients, x of the first ones not among them.
+    assert len(applied) == {"gelu": 2 + 1 + 3 + 2, "swiglu": 3 + 2 + 3 + 2 + 2}[activation]
 
 
 # -- dispatch ---------------------------------------------------------------------------------------------------------
