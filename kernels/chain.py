@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tensorlayers import launch as launches
 from tensorlayers.errors import KernelError
-from tensorlayers.launch import Problem
+from tensorlayers.launch import Problem, Table
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -177,10 +177,12 @@ def run(
     out: Tensor,  # (heads1, heads2, m, n)
     bias: Tensor | None = None,  # the shape of out
     activation: str = "none",
+    table: Table | None = None,
 ) -> None:
     """Write the sum of chains into `out`; all strides are free (0 where an operand is expanded), all dtypes the same.
 
-    What is added and stored is computed in float32: the bias may be of any of the dtypes.
+    What is added and stored is computed in float32: the bias may be of any of the dtypes. Launches are those of a
+    table, by default of the device's architecture.
 
     Raises
     ------
@@ -201,7 +203,7 @@ def run(
         return
     left, right = _packed(left), _packed(right)
     sizes = problem(left, middle, right, out, activation)
-    table = launches.table(launches.architecture(out.device))
+    table = table or launches.table(launches.architecture(out.device))
     found = launches.launch(sizes, table)
     (h1, h2), tiles = sizes.heads, found.tiles
     biased = bias is not None

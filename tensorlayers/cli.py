@@ -1,4 +1,4 @@
-"""The command line: convert, plan, inspect, eval, calibrate, demo."""
+"""The command line: convert, plan, inspect, eval, calibrate, tune, demo."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, demo, evaluate, hub, machine, table
+from tqdm import tqdm
+
+from . import __version__, demo, evaluate, hub, machine, table, tune
 from .convert import convert_model, plan_conversion
 from .errors import TensorlayersError
 from .formats import Format, available, from_dict
@@ -24,6 +26,7 @@ Replace the dense layers of a pretrained network by factorized ones: low rank, t
   tensorlayers inspect DIR                                              the layers of a converted model
   tensorlayers eval    DIR --text FILE                                  quality kept, against its source
   tensorlayers calibrate                                                measure what predicted times rest on, here
+  tensorlayers tune                                                     the same for the kernels on a GPU: launch tables
   tensorlayers demo                                                     all of it on a real sentence encoder
 
 MODEL_DIR is a local Hugging Face directory (config.json, weights, tokenizer). Nothing is downloaded."""
@@ -96,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     calibration.add_argument("--threads", type=int, metavar="N", help="of a CPU (default: as many as torch has)")
     calibration.add_argument("--quick", action="store_true", help="in a few seconds, less exactly")
     calibration.set_defaults(run=_calibrate)
+
+    tuning = commands.add_parser("tune", help="find the launch table of this machine's GPU")
+    tuning.set_defaults(run=_tune)
 
     main_job = commands.add_parser("demo", help="convert a real pretrained sentence encoder and report")
     main_job.add_argument("--out", type=Path, default=Path("demo-output"), metavar="DIR", help="default: demo-output")
@@ -199,6 +205,11 @@ def _eval(arguments: argparse.Namespace) -> None:
     texts = _read_text(arguments.text).splitlines()
     converted = load_pretrained(arguments.directory)
     print(evaluate.quality(hub.load_model(source), converted, hub.load_tokenizer(source), texts))
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    found = tune.tune(progress=lambda rows: tqdm(rows, unit="row", disable=not sys.stderr.isatty()))
+    print(f"written to {tune.write(found)}; delete it to go back to the table that comes with the package")
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:

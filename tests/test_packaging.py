@@ -31,7 +31,7 @@ ORDER = [
     {"fold", "optimizer"},
     {"layers"},
     {"dispatch"},
-    {"measure"},
+    {"measure", "tune"},
     {"products", "small"},
     {"functional", "lookup", "autograd", "decision"},
     {"lowering", "fused"},
