@@ -92,15 +92,19 @@ def dtypes(table_dtype: str) -> tuple[str, ...]:
 
 
 def chain_cases(table: Table) -> Iterator[Case]:
-    """Every row, with a plain result, with float32 sums, with an activation, and with no stride of 1."""
+    """Every row: plain, or where it is for that with no stride of 1; with an activation; with the smallest tiles."""
     names = chain.chain_kernel.arg_names
     tensors = {"left", "middle", "right", "out", "bias"}
     ones = dict.fromkeys(("left_p", "middle_q", "right_q", "out_n"), 1)
     counts = {"heads1", "heads2", "steps", "share"}
     for number, row in enumerate(table.rows):
         tiles = row.tiles
-        for layout in ("sums", "activated", "plain" if row.aligned else "free strides"):
+        for layout in ("narrow, sums", "activated", "plain" if row.aligned else "free strides"):
             is_activated, is_free = layout == "activated", layout == "free strides"
+            if layout == "narrow, sums":
+                tiles = tiles._replace(n=launch.LEAST, p=launch.LEAST, q=launch.LEAST)
+            else:
+                tiles = row.tiles
             heads = max(1, tiles.heads // 2) if is_activated else tiles.heads
             sizes = {"HEADS": heads, "M": tiles.m, "N": tiles.n, "P": tiles.p, "Q": tiles.q}
             constants = sizes | {
@@ -114,7 +118,7 @@ def chain_cases(table: Table) -> Iterator[Case]:
             for dtype in dtypes(row.dtype):
                 yield Case(
                     f"chain {number}", layout, chain.chain_kernel, dtype,
-                    dict.fromkeys(tensors, "") | ({"out": "*fp32"} if layout == "sums" else {}),
+                    dict.fromkeys(tensors, "") | ({"out": "*fp32"} if layout == "narrow, sums" else {}),
                     constants | fixed | {"PRECISION": precision(dtype)}, multiples,
                     tiles.warps, tiles.stages, tiles.m >= 64 and row.dtype != "float32",
                 )  # fmt: skip

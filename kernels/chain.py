@@ -234,12 +234,13 @@ def _packed(operand: Tensor) -> Tensor:
     if 1 in operand.stride()[3:]:
         return operand
     core = operand[tuple(slice(None) if stride else slice(1) for stride in operand.stride())]  # without expansions
-    return core.contiguous().expand(operand.shape)
+    is_turned = operand.shape[-1] % launches.VECTOR and not operand.shape[-2] % launches.VECTOR
+    return (core.mT.contiguous().mT if is_turned else core.contiguous()).expand(operand.shape)
 
 
 def _is_aligned(operand: Tensor) -> bool:
-    """Whether Triton can see that matrices are addressable in vectors: multiples of 16."""
+    """Whether Triton can see that matrices are addressable in vectors."""
     sizes, strides = operand.shape[-2:], operand.stride()
     axis = 1 if strides[-1] == 1 else 0
     others = [stride for k, stride in enumerate(strides) if k != operand.dim() - 2 + axis]
-    return strides[-2:][axis] == 1 and all(n % 16 == 0 for n in (sizes[axis], *others))
+    return strides[-2:][axis] == 1 and all(n % launches.VECTOR == 0 for n in (sizes[axis], *others))

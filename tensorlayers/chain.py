@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .launch import Launch, Problem, Table, launch
+from .launch import VECTOR, Launch, Problem, Table, launch
 
 Indices = tuple[str, ...]
 
@@ -85,10 +85,12 @@ class Chain:
         for indices, (rows, columns) in (*pairs, (self.result, (m, n))):
             strides = _strides(indices, sizes)
             inner = [role for role in (rows, columns) if not role or strides[role[-1]] == 1]
-            # A core with neither is copied by the launcher, to have its columns innermost.
-            axis = inner[-1] if inner else columns
-            others = [strides[index] for index in indices if index not in axis] if inner else []
-            if any(n % 16 for n in (math.prod(sizes[index] for index in axis), *others)):
+            if inner:
+                others = [strides[index] for index in indices if index not in inner[-1]]
+                lengths = [_length(inner[-1], sizes), *others]
+            else:  # the launcher copies it, one axis contiguous
+                lengths = [min((_length(role, sizes) for role in (columns, rows)), key=lambda n: n % VECTOR)]
+            if any(n % VECTOR for n in lengths):
                 return False
         return True
 
@@ -144,6 +146,10 @@ def viewed(tensor: Tensor, indices: Indices, roles: Sequence[Indices], sizes: Ma
     tensor = tensor.permute([indices.index(index) for role in carried for index in role])
     tensor = tensor.reshape([math.prod(sizes[index] for index in role) for role in carried])
     return tensor.expand([math.prod(sizes[index] for index in role) for role in roles])
+
+
+def _length(role: Indices, sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes[index] for index in role)
 
 
 def _strides(indices: Indices, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -23,6 +23,12 @@ SHIPPED = Path(__file__).resolve().parent / "launches"
 DEFAULT = "sm_90"
 """The architecture that predictions are made for where there is no GPU; the interpreter takes its tiles too."""
 
+VECTOR = 16
+"""Sizes and strides that are multiples of this are known to be such when a kernel is compiled."""
+
+LEAST = 16
+"""The smallest tile of a matrix product."""
+
 _MOST_PARTS = 512
 
 
@@ -185,9 +191,11 @@ class Launch(NamedTuple):
 def launch(problem: Problem, table: Table) -> Launch:
     """The launch of a problem, none of whose sizes is 0.
 
-    With the tiles of its row, heads are spread over more programs, and steps too, as the predicted time says.
+    With the tiles of its row, smaller where the problem is, heads are spread over more programs, and steps too, as the
+    predicted time says.
     """
     tiles = table.row(problem).tiles
+    tiles = tiles._replace(n=_fitted(problem.n, tiles.n), p=_fitted(problem.p, tiles.p), q=_fitted(problem.q, tiles.q))
     found = []
     heads = max(1, tiles.heads // 2) if problem.activated else tiles.heads
     while heads:
@@ -223,6 +231,11 @@ def _launch(problem: Problem, table: Table, tiles: Tiles, steps: int, parts: int
     if parts > 1:
         seconds += table.launch + 2 * 4 * stored / table.cache
     return Launch(tiles, steps, share, parts, programs, flops, loaded, stored, seconds)
+
+
+def _fitted(size: int, tile: int) -> int:
+    """A tile no larger than the size asks for; rows are not cut, which the matrix units take by 64."""
+    return min(tile, max(LEAST, 1 << (size - 1).bit_length()))
 
 
 def _unique(problem: Problem) -> int:

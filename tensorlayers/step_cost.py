@@ -14,7 +14,7 @@ Indices = tuple[str, ...]
 
 WALKED = 8
 """Launches that it takes as long as to walk one step for gradients, beside its products: forward runs generated code,
-`matmul.gradients` decides for each step anew."""
+`matmul.gradients` decides for each step anew. A GPU computes meanwhile."""
 
 CHUNKED = 1.05
 """How much longer products take of some rows at a time than of all: BLAS packs the core anew for each."""
@@ -178,7 +178,7 @@ class StepCosts:
             seconds += product
             launches += 2 * repeated
         if not forward:
-            launches = launches * (1 + products.core + products.ahead) + WALKED
+            launches = launches * (1 + products.core + products.ahead) + WALKED * bool(self.machine.threads)
         uses = products.ahead + products.back + products.core
         read, weight = uses - products.core, h * s * n * itemsize
         # Each time that something is used it is read or written; what comes in and goes out is in `ends` once.
