@@ -23,7 +23,7 @@ def _times(monkeypatch, forward, training, kind=FactorizedLinear):
     for name, times in (("dense_seconds", (1.0, 1.0)), ("factorized_seconds", (forward, training))):
 
         def seconds(cls, *arguments, times=times):
-            return times[arguments[-1]]
+            return times[arguments[-2]]  # of sizes, ..., training, dtype
 
         monkeypatch.setattr(kind, name, classmethod(seconds))
 
@@ -225,3 +225,8 @@ def test_every_layer_kind_that_multiplies_has_an_estimate(kind, typical):
     assert 0 < forward < training
     assert 0 < short < longer
     assert "without an estimate" not in str(plan)
+
+
+def test_the_dtype_is_one_that_a_layer_can_have():
+    with pytest.raises(ConversionError, match=r"dtype: one of .*float64.*tf32; got 'int8'"):
+        Work(dtype="int8")
