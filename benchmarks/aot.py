@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,49 +25,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.aot_cases import Case, cases
 from tensorlayers import launch
-from tensorlayers.kernels import chain
 from tensorlayers.launch import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "tf32": "*fp32"}
-HALF = ("bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kernel as a launch compiles it: arguments of 1 are constants, multiples of 16 are marked.
-
-    Parameters
-    ----------
-    name : str
-        The kernel, and the row of the table.
-    layout : str
-        What else differs: which strides are 1, what follows the product.
-    kernel
-    dtype : str
-        A key of `POINTERS`: the elements, and how products of float32 are rounded.
-    pointers : mapping
-        The tensors among the arguments, with their element type where it is not the dtype's.
-    constants : mapping
-        The values of the arguments that are constants.
-    multiples : collection of str
-        Arguments that are multiples of 16.
-    warps, stages : int
-    large : bool
-        Whether a tile of a product has 64 rows or more, so that sm_90 multiplies it by wgmma.
-    """
-
-    name: str
-    layout: str
-    kernel: Any
-    dtype: str
-    pointers: Mapping[str, str]
-    constants: Mapping[str, Any]
-    multiples: Collection[str]
-    warps: int
-    stages: int
-    large: bool
 
 
 @dataclass(frozen=True)
@@ -79,57 +42,6 @@ class Usage:
     spills: int
     shared: int
     wgmma: bool
-
-
-def precision(dtype: str) -> str:
-    """How a kernel is told to multiply."""
-    return "tf32" if dtype == "tf32" else "ieee"
-
-
-def dtypes(table_dtype: str) -> tuple[str, ...]:
-    """The dtypes that a row of a table is for."""
-    return HALF if table_dtype == "half" else (table_dtype,)
-
-
-def chain_cases(table: Table) -> Iterator[Case]:
-    """Every row: plain, or where it is for that with no stride of 1; with an activation; with the smallest tiles."""
-    names = chain.chain_kernel.arg_names
-    tensors = {"left", "middle", "right", "out", "bias"}
-    ones = dict.fromkeys(("left_p", "middle_q", "right_q", "out_n"), 1)
-    counts = {"heads1", "heads2", "steps", "share"}
-    for number, row in enumerate(table.rows):
-        tiles = row.tiles
-        for layout in ("narrow, sums", "activated", "plain" if row.aligned else "free strides"):
-            is_activated, is_free = layout == "activated", layout == "free strides"
-            if layout == "narrow, sums":
-                tiles = tiles._replace(n=launch.LEAST, p=launch.LEAST, q=launch.LEAST)
-            else:
-                tiles = row.tiles
-            heads = max(1, tiles.heads // 2) if is_activated else tiles.heads
-            sizes = {"HEADS": heads, "M": tiles.m, "N": tiles.n, "P": tiles.p, "Q": tiles.q}
-            constants = sizes | {
-                "HELD": tiles.held,
-                "ONE_P": tiles.held,
-                "BIASED": layout in ("plain", "activated"),
-                "ACTIVATION": "gelu" if is_activated else "none",
-            }
-            fixed = {} if is_free else ones
-            multiples = tensors if is_free else set(names) - set(constants) - set(fixed) - counts
-            for dtype in dtypes(row.dtype):
-                yield Case(
-                    f"chain {number}", layout, chain.chain_kernel, dtype,
-                    dict.fromkeys(tensors, "") | ({"out": "*fp32"} if layout == "narrow, sums" else {}),
-                    constants | fixed | {"PRECISION": precision(dtype)}, multiples,
-                    tiles.warps, tiles.stages, tiles.m >= 64 and row.dtype != "float32",
-                )  # fmt: skip
-
-
-CASES = (chain_cases,)
-
-
-def cases(arch: str) -> list[Case]:
-    """All of an architecture."""
-    return [case for kind in CASES for case in kind(launch.shipped(arch))]
 
 
 def compiled(case: Case, arch: str) -> Usage:

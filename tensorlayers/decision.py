@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import backend, fused
+from . import backend, fused, fused_khatri_rao, fused_rebuild
 from .errors import KernelError
 from .launch import architecture
 from .lowering import candidates, chunked
@@ -27,8 +27,13 @@ NAMES = ("contraction", "chunks", "merged", "rebuild")
 multiplied with each other (the factors of CP to a Khatri-Rao product, those of Tucker to a Kronecker product); or after
 all of them are, to the dense weight."""
 
-KERNELS: dict[str, Callable[[Network, Task, Machine], Candidate | None]] = {"fused": fused.candidate}
-"""The ways that Triton kernels make: two (groups of) cores meet the rows in one kernel."""
+KERNELS: dict[str, Callable[[Network, Task, Machine], Candidate | None]] = {
+    "fused": fused.candidate,
+    "fused_rebuild": fused_rebuild.candidate,
+    "fused_khatri_rao": fused_khatri_rao.candidate,
+}
+"""The ways that Triton kernels make: two (groups of) cores meet the rows in one kernel; a kernel forms the dense weight
+where it belongs; the Khatri-Rao products of CP are formed in registers alone."""
 
 _MISSING = {
     "contraction": "",
@@ -36,6 +41,8 @@ _MISSING = {
     "merged": "no cores that are worth multiplying with each other",
     "rebuild": "a single core is the dense weight itself",
     "fused": "no two cores that can meet the rows in one kernel",
+    "fused_rebuild": "torch forms the dense weight without a copy, or no kernel does",
+    "fused_khatri_rao": "no CP of two modes a side",
 }
 
 TRITON = "triton"

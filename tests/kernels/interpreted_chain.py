@@ -139,6 +139,18 @@ def test_bias_and_activation(activation: str, dtype: torch.dtype) -> None:
         assert error(out, apply(expected + bias.double())) < 2 * TOLERANCE[dtype]  # of the sum and of the bias
 
 
+def test_a_bias_that_differs_from_head_to_head() -> None:
+    sizes, form = SIZES["primes"], "two cores of a train"
+    tensors, expected = drawn(form, sizes, HALF)
+    bias = torch.randn(sizes["o1"], sizes["o2"])
+    how = next(one for one in chains(FORMS[form][:3], FORMS[form][3]) if one.roles[0] == ("o1",))
+    out = torch.full_like(expected, math.nan, dtype=HALF)
+    kernel.run(
+        *how.views(tensors, sizes), how.as_result(out, how.result, sizes), how.as_result(bias, ("o1", "o2"), sizes)
+    )
+    assert error(out, expected + bias.double()) < 2 * TOLERANCE[HALF]
+
+
 def test_operands_of_any_strides() -> None:
     sizes = SIZES["primes"]
     tensors, expected = drawn("two cores of a train", sizes, SINGLE)

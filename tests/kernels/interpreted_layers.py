@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tensorlayers as tl
-from tensorlayers import decision, dispatch, functional
+from tensorlayers import backend, decision, dispatch, functional
 from tensorlayers.errors import KernelError
 from tensorlayers.kernels import chain as kernel
 from tests.kernels.support import HALF, SINGLE, TOLERANCE, error
@@ -31,23 +31,38 @@ FORMATS = {
 }
 
 
+WAYS = {
+    "TT": ("fused", "fused_rebuild"),
+    "BTT": ("fused", "fused_rebuild"),
+    "Tucker": ("fused", "fused_rebuild"),
+    "CP": ("fused", "fused_khatri_rao"),
+    "LowRank": ("fused",),
+}
+
+
 @pytest.fixture(autouse=True)
 def _interpreter() -> None:
     assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_layers.py, with TRITON_INTERPRET=1"
 
 
+class _Watched:
+    """A module of kernels, the calls of whose functions are noted."""
+
+    def __init__(self, module: Any, calls: list[str]) -> None:
+        self._module, self._calls = module, calls
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._module, name)
+        return lambda *args, **options: (self._calls.append(name), function(*args, **options))[1]
+
+
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shape of the result of every launch."""
-    shapes: list[tuple[int, ...]] = []
-    run = kernel.run
-
-    def spy(left: Tensor, middle: Tensor, right: Tensor, out: Tensor, *rest: Any) -> None:
-        shapes.append(tuple(out.shape))
-        run(left, middle, right, out, *rest)
-
-    monkeypatch.setattr(kernel, "run", spy)
-    return shapes
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The name of every function of a kernel module that is called."""
+    calls: list[str] = []
+    load = backend.load
+    monkeypatch.setattr(backend, "load", lambda name: _Watched(load(name), calls))
+    return calls
 
 
 def layer_of(format: tl.Format, dtype: torch.dtype = SINGLE, bias: bool = True) -> tl.FactorizedLinear:
@@ -63,15 +78,20 @@ def exact(layer: tl.FactorizedLinear, x: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
+@pytest.mark.parametrize("way", decision.KERNELS)
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
-def test_forward_and_every_gradient(format: tl.Format, dtype: torch.dtype, launched: list[tuple[int, ...]]) -> None:
+def test_forward_and_every_gradient(format: tl.Format, way: str, dtype: torch.dtype, launched: list[str]) -> None:
     layer = layer_of(format, dtype)
+    layer.implementation = way
     x = torch.randn(2, 3, 20).to(dtype).requires_grad_()
+    if way not in WAYS[type(format).__name__]:
+        with pytest.raises(KernelError, match=f"no Triton kernel supports this call: {way}: "):
+            layer(x)
+        return
     expected, leaves = exact(layer, x)
     dy = torch.randn_like(expected).to(dtype)
-    with tl.use_kernels("triton"):
-        y = layer(x)
-        y.backward(dy)
+    y = layer(x)
+    y.backward(dy)
     assert launched
     # Half precision rounds what lies between several products once more.
     assert error(y, expected) < 2 * TOLERANCE[dtype]
@@ -83,7 +103,7 @@ def test_forward_and_every_gradient(format: tl.Format, dtype: torch.dtype, launc
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
-def test_only_the_gradients_asked_for(wanted: tuple[int, ...], launched: list[tuple[int, ...]]) -> None:
+def test_only_the_gradients_asked_for(wanted: tuple[int, ...], launched: list[str]) -> None:
     layer, x = layer_of(FORMATS["TT"]), torch.randn(3, 20)
     tensors = [x, *layer.cores]
     for k, tensor in enumerate(tensors):
@@ -166,7 +186,7 @@ def test_jacobians_forward_and_back() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
-def test_compiled_with_a_dynamic_batch(format: tl.Format, launched: list[tuple[int, ...]]) -> None:
+def test_compiled_with_a_dynamic_batch(format: tl.Format, launched: list[str]) -> None:
     layer = layer_of(format)
     graphs: list[Any] = []
 
@@ -222,7 +242,7 @@ def test_exported_graphs_have_operations_of_torch_alone() -> None:
         assert error(program.module()(x), exact(layer, x)[0]) < 2 * TOLERANCE[SINGLE]
 
 
-def test_fully_sharded(tmp_path: Any, launched: list[tuple[int, ...]]) -> None:
+def test_fully_sharded(tmp_path: Any, launched: list[str]) -> None:
     from torch import distributed
     from torch.distributed.fsdp import fully_shard
 
@@ -264,7 +284,7 @@ def test_an_mlp_applies_its_activation_in_the_kernel(activation: str, monkeypatc
 # -- dispatch ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_modes(launched: list[tuple[int, ...]]) -> None:
+def test_the_modes(launched: list[str]) -> None:
     layer, x = layer_of(FORMATS["TT"]), torch.randn(2, 3, 20)
     expected = exact(layer, x)[0]
     assert error(layer(x), expected) < TOLERANCE[SINGLE]
@@ -306,7 +326,7 @@ def test_what_cannot_run_is_refused() -> None:
             single(torch.randn(3, 20))
 
 
-def test_padded_features(launched: list[tuple[int, ...]]) -> None:
+def test_padded_features(launched: list[str]) -> None:
     torch.manual_seed(0)
     layer = tl.FactorizedLinear(19, 17, format=tl.TT(3, in_modes=(4, 5), out_modes=(3, 6)))
     x = torch.randn(4, 19, requires_grad=True)
