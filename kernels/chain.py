@@ -26,7 +26,7 @@ from tensorlayers.launch import Problem, Table
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-_FINISHED = 1024  # elements that a program of `finish_kernel` takes
+PARTS, SIZE = 32, 128  # parts that a program of `finish_kernel` adds at a time, and elements
 
 
 @triton.jit
@@ -136,25 +136,36 @@ def finish_kernel(
     sums, out, bias, elements, parts, heads2, m, n,
     out_h1, out_h2, out_m, out_n,
     bias_h1, bias_h2, bias_m, bias_n,
-    SIZE: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr,
+    PARTS: tl.constexpr, SIZE: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Add the parts of `chain_kernel`, (parts, heads1, heads2, m, n), one after another."""
+    """Add the parts of (parts, heads1, heads2, m, n), PARTS at a time: each load is waited for."""
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = place < elements
-    total = tl.zeros((SIZE,), tl.float32)
-    sums += place
-    for _ in range(parts):
-        total += tl.load(sums, inside, 0.0)
-        sums += elements
+    inner = tl.arange(0, PARTS).to(tl.int64)
+    added = tl.zeros((PARTS, SIZE), tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + inner
+        at = part[:, None] * elements + place[None, :]
+        added += tl.load(sums + at, (part < parts)[:, None] & inside[None, :], 0.0)
+    total = tl.sum(added, 0)
     column, rest = place % n, place // n
     row, rest = rest % m, rest // m
-    second, first = rest % heads2, rest // heads2
+    second, first_head = rest % heads2, rest // heads2
     if BIASED:
-        at = first * bias_h1 + second * bias_h2 + row * bias_m + column * bias_n
-        total += tl.load(bias + at, inside, 0.0).to(tl.float32)
+        at_bias = first_head * bias_h1 + second * bias_h2 + row * bias_m + column * bias_n
+        total += tl.load(bias + at_bias, inside, 0.0).to(tl.float32)
     total = activated(total, ACTIVATION)
-    at = first * out_h1 + second * out_h2 + row * out_m + column * out_n
-    tl.store(out + at, total.to(out.dtype.element_ty), inside)
+    at_out = first_head * out_h1 + second * out_h2 + row * out_m + column * out_n
+    tl.store(out + at_out, total.to(out.dtype.element_ty), inside)
+
+
+def finish(sums: Tensor, out: Tensor, bias: Tensor | None = None, activation: str = "none") -> None:
+    """Write the sum of parts, (parts, heads1, heads2, m, n) in float32, to (heads1, heads2, m, n); see `run`."""
+    given = out if bias is None else bias  # not read without one
+    finish_kernel[(triton.cdiv(out.numel(), SIZE),)](
+        sums, out, given, out.numel(), sums.shape[0], *out.shape[1:],
+        *out.stride(), *given.stride(), PARTS, SIZE, bias is not None, activation,
+    )  # fmt: skip
 
 
 def problem(left: Tensor, middle: Tensor, right: Tensor, out: Tensor, activation: str = "none") -> Problem:
@@ -223,10 +234,7 @@ def run(
             num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
         )  # fmt: skip
         if not whole:
-            finish_kernel[(triton.cdiv(out.numel(), _FINISHED),)](
-                sums, out, given, out.numel(), found.parts, h2, sizes.m, sizes.n,
-                *out.stride(), *given.stride(), _FINISHED, biased, activation,
-            )  # fmt: skip
+            finish(sums, out, bias, activation)
 
 
 def _packed(operand: Tensor) -> Tensor:

@@ -26,11 +26,9 @@ from tensorlayers import launch as launches
 from tensorlayers.activation import activation as activation_of
 from tensorlayers.errors import KernelError
 from tensorlayers.fused_khatri_rao import Launch, contract_launch, expand_launch
-from tensorlayers.kernels.chain import activated
+from tensorlayers.kernels.chain import finish
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-_PARTS, _SIZE = 32, 128  # parts that a program of `sum_kernel` adds at a time, and elements
 
 
 @triton.jit
@@ -134,32 +132,6 @@ def expand_kernel(
         tl.store(out + (first + h) * out_b, value.to(out.dtype.element_ty), inside)
 
 
-@triton.jit
-@no_type_check
-def sum_kernel(
-    sums, out, bias, elements, parts, m, n,
-    out_b, out_m, out_n,
-    bias_m, bias_n,
-    PARTS: tl.constexpr, SIZE: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr,
-):  # fmt: skip
-    """Add the parts of (parts, batch, m, n), PARTS at a time: few rows have many parts, and each load is waited for."""
-    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = place < elements
-    inner = tl.arange(0, PARTS).to(tl.int64)
-    total = tl.zeros((PARTS, SIZE), tl.float32)
-    for first in range(0, parts, PARTS):
-        part = first + inner
-        at = part[:, None] * elements + place[None, :]
-        total += tl.load(sums + at, (part < parts)[:, None] & inside[None, :], 0.0)
-    value = tl.sum(total, 0)
-    column, rest = place % n, place // n
-    row, token = rest % m, rest // m
-    if BIASED:
-        value += tl.load(bias + row * bias_m + column * bias_n, inside, 0.0).to(tl.float32)
-    value = activated(value, ACTIVATION)
-    tl.store(out + token * out_b + row * out_m + column * out_n, value.to(out.dtype.element_ty), inside)
-
-
 def contract(
     x: Tensor,  # (batch, i1, i2)
     u: Tensor,  # (i1, r)
@@ -191,7 +163,7 @@ def contract(
             num_warps=found.warps, num_stages=found.stages, enable_fp_fusion=True,
         )  # fmt: skip
         if sums is not out:
-            _add(sums, out[:, None])
+            finish(sums[:, :, None, None], out[:, None, None])
 
 
 def expand(
@@ -220,7 +192,7 @@ def expand(
     table = launches.table(launches.architecture(out.device))
     found = expand_launch(batch, o1, o2, z.shape[1], dtype, table)
     given = out[0] if bias is None else bias  # not read without one
-    # To address single elements, or to activate them, takes registers that hold sums there; `sum_kernel` has them.
+    # To address single elements, or to activate them, takes registers that hold sums there; `finish` has them.
     is_whole = found.parts == 1 and out.stride(2) == given.stride(1) == 1 and activation == "none"
     sums = out if is_whole else _sums(found, out)
     is_biased = bias is not None and is_whole
@@ -233,7 +205,8 @@ def expand(
             num_warps=found.warps, num_stages=found.stages, enable_fp_fusion=True,
         )  # fmt: skip
         if sums is not out:
-            _add(sums, out, bias, activation)
+            along = None if bias is None else bias[None, None].expand(out.shape[0], 1, -1, -1)
+            finish(sums[:, :, None], out[:, None], along, activation)
 
 
 def _dtype(name: str, alike: tuple[Tensor, ...], other: Tensor) -> str:
@@ -264,12 +237,3 @@ def _sums(found: Launch, out: Tensor) -> Tensor:
 
 def _strides(sums: Tensor, out: Tensor) -> tuple[int, ...]:
     return (0, *out.stride()) if sums is out else sums.stride()
-
-
-def _add(sums: Tensor, out: Tensor, bias: Tensor | None = None, activation: str = "none") -> None:
-    """Write the sum of parts to (batch, m, n)."""
-    given = out[0] if bias is None else bias  # not read without one
-    sum_kernel[(triton.cdiv(out.numel(), _SIZE),)](
-        sums, out, given, out.numel(), sums.shape[0], *out.shape[1:],
-        *out.stride(), *given.stride(), _PARTS, _SIZE, bias is not None, activation,
-    )  # fmt: skip

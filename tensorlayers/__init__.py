@@ -10,8 +10,8 @@ if not (_here / "kernels").is_dir():
     __path__.append(str(_here.parent))
 
 from .advice import fastest_modes  # noqa: E402
+from .backend import use_kernels  # noqa: E402
 from .convert import convert_model, plan_conversion, summarize, to_dense  # noqa: E402
-from .dispatch import use_kernels  # noqa: E402
 from .errors import (  # noqa: E402
     CheckpointError,
     ConversionError,

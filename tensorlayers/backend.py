@@ -8,8 +8,40 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
+
+from .errors import KernelError
+
+_mode = "auto"
+
+
+def mode() -> str:
+    """What `use_kernels` asks for."""
+    return _mode
+
+
+@contextmanager
+def use_kernels(mode: str) -> Iterator[None]:
+    """Choose between Triton kernels and torch, for the calls inside the ``with`` block.
+
+    Parameters
+    ----------
+    mode : {"auto", "torch", "triton"}
+        ``"auto"``: Triton kernels on a GPU, where they are predicted to be faster. ``"torch"``: never, even where a
+        layer demands one. ``"triton"``: always, and an error where none supports the call (on the CPU, Triton needs
+        its interpreter, ``TRITON_INTERPRET=1`` set before it is imported).
+    """
+    global _mode
+    if mode not in ("auto", "torch", "triton"):
+        raise KernelError(f"use_kernels: 'auto', 'torch' or 'triton'; got {mode!r}")
+    before, _mode = _mode, mode
+    try:
+        yield
+    finally:
+        _mode = before
 
 
 @lru_cache

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import autograd, backend, codegen, conv_chunks, convolution, decision, functional
 from .activation import activation as activation_of
+from .backend import use_kernels as use_kernels
 from .contraction import constant_when_compiled
 from .conv_maps import Window
 from .convolution import ConvPlan
@@ -30,33 +30,10 @@ _ALLOWED = {"recompute": -1.0, "auto": 0.1, "store": 1.0}
 _STORING = ("contraction", "merged")
 """The ways that can keep their activations: all rows at once, and not the dense weight."""
 
-_mode = "auto"
-
-
-@contextmanager
-def use_kernels(mode: str) -> Iterator[None]:
-    """Choose between Triton kernels and torch, for the calls inside the ``with`` block.
-
-    Parameters
-    ----------
-    mode : {"auto", "torch", "triton"}
-        ``"auto"``: Triton kernels on a GPU, where they are predicted to be faster. ``"torch"``: never, even where a
-        layer demands one. ``"triton"``: always, and an error where none supports the call (on the CPU, Triton needs
-        its interpreter, ``TRITON_INTERPRET=1`` set before it is imported).
-    """
-    global _mode
-    if mode not in ("auto", "torch", "triton"):
-        raise KernelError(f"use_kernels: 'auto', 'torch' or 'triton'; got {mode!r}")
-    before, _mode = _mode, mode
-    try:
-        yield
-    finally:
-        _mode = before
-
 
 def kernels_for(x: Tensor, implementation: str | None) -> tuple[str | None, bool]:
     """What is demanded of a product with `x`, a way or any that Triton kernels make, and whether these may run."""
-    return _kernels_for(_mode, x.device.type, multiplied_as(x.dtype, x.device.type), implementation)
+    return _kernels_for(backend.mode(), x.device.type, multiplied_as(x.dtype, x.device.type), implementation)
 
 
 FULL_PRECISION = "full float32 precision does not use the matrix units"
@@ -86,7 +63,7 @@ def _kernels_for(mode: str, device: str, dtype: str, implementation: str | None)
 def is_plain(x: Tensor) -> bool:
     """Whether nothing changes what a product of `x` runs: on the CPU, not traced, no autocast, no `use_kernels`."""
     return (
-        _mode == "auto"
+        backend.mode() == "auto"
         and x.is_cpu
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()

@@ -15,11 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import contraction
+from . import backend, contraction
 from .contraction import BATCH, Plan
 from .cost import Cost, volume
+from .errors import KernelError
+from .launch import Table, architecture
+from .launch import table as launch_table
 from .network import Network
-from .precision import at_least_single, without_autocast
+from .precision import at_least_single, multiplied_as, without_autocast
 
 _CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
 """What a chunk of rows may hold at once, gathered slices and intermediates: on the CPU it fits a shared cache, and is
@@ -131,6 +134,8 @@ def rows(
 ) -> Tensor:  # (n, width)
     """Rows of a factorized table, by operations that torch can differentiate, trace, export and batch.
 
+    Where torch.compile traces, by the Triton kernel if `fused` chooses it.
+
     Parameters
     ----------
     ids : Tensor
@@ -146,6 +151,10 @@ def rows(
     Tensor
         The dtype of the cores.
     """
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and fused(network, cores) is not None:
+        recompute: Any = RecomputedRows.apply
+        found: Tensor = recompute(ids, network, network.features("out") if width is None else width, *cores)
+        return found
     plan = lookup_plan(network, contraction.batch_class(ids.shape[0]))
     table = contraction.execute(plan, _Lookup(ids, network, cores).gathered())
     return table.reshape(ids.shape[0], network.features("out"))[:, :width]
@@ -210,12 +219,15 @@ def _chunk(network: Network, batch: int, elements: int, shared: int | None) -> t
 
 
 class RecomputedRows(torch.autograd.Function):
-    """`rows` in chunks. Saves the ids and the cores alone; the backward gathers and contracts anew."""
+    """`rows` in chunks, or by the Triton kernel. Saves the ids and the cores alone; the backward gathers anew."""
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, network: Network, width: int, *cores: Tensor) -> Tensor:
         ctx.save_for_backward(ids, *cores)
-        ctx.network, ctx.width = network, width
+        ctx.network, ctx.width, ctx.chain = network, width, fused(network, cores)
+        if ctx.chain is not None:
+            found: Tensor = _kernel("lookup")(ids, list(cores), ctx.chain, width)
+            return found
         lookup, count = _Lookup(ids, network, cores), len(ids)
         table = None
         for plan, part, shared in lookup.chunks(count):
@@ -235,10 +247,19 @@ class RecomputedRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ids, *cores = ctx.saved_tensors
         network, width, needed = ctx.network, ctx.width, ctx.needs_input_grad[3:]
+        # A gradient of this gradient is wanted, or several at once; what is compiled is differentiated once.
+        plain = not torch.compiler.is_compiling() and (
+            torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grads[0])
+        )
+        if ctx.chain is not None and not plain:
+            found = iter(_kernel("lookup_gradients")(grads[0], ids, cores, ctx.chain, list(needed)))
+            return None, None, None, *(next(found) if need else None for need in needed)
         with without_autocast(cores[0]):
-            if torch.is_grad_enabled():  # a gradient of this gradient is wanted
+            if plain:
                 wanted = [core for core, need in zip(cores, needed, strict=True) if need]
-                found = iter(torch.autograd.grad(rows(ids, network, cores, width), wanted, grads, create_graph=True))
+                with torch.enable_grad():
+                    table = rows(ids, network, cores, width)
+                found = iter(torch.autograd.grad(table, wanted, grads, create_graph=torch.is_grad_enabled()))
                 return None, None, None, *(next(found) if need else None for need in needed)
             return None, None, None, *_core_gradients(ids, network, cores, grads[0], needed)
 
@@ -275,3 +296,70 @@ def _core_gradients(
         None if total is None else (_unflat(total, names, own, network) if own else total).to(core.dtype)
         for total, names, own, core in zip(totals, network.cores, lookup.carried, cores, strict=True)
     ]
+
+
+# -- the Triton kernel ------------------------------------------------------------------------------------------------
+
+
+def kernels() -> str:
+    """Whether rows are looked up by the Triton kernel.
+
+    "none": never; "auto": on a GPU, where that is predicted to be faster; "only": always, and a KernelError where it
+    cannot. What is exported, and what torch.func transforms, runs by torch's operations.
+    """
+    return {"auto": "auto", "torch": "none", "triton": "only"}[backend.mode()]
+
+
+def _kernel(name: str) -> Any:
+    """A kernel, as an operator where torch.compile traces."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.tensorlayers, name)
+    return backend.load(name).run
+
+
+def fused(network: Network, cores: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """The chain that the Triton kernel looks up, as it describes one; None for torch's operations."""
+    mode, core = kernels(), cores[0]
+    if mode == "none" or (mode == "auto" and not core.is_cuda):
+        return None
+    dtypes = tuple(dict.fromkeys(core.dtype for core in cores))
+    return _fused(network, mode, core.device.type, core.device.index, dtypes)
+
+
+# A compiled graph keeps what is found: neither the search nor an import can be traced.
+@contraction.constant_when_compiled
+def _fused(
+    network: Network, mode: str, device: str, index: int | None, dtypes: tuple[torch.dtype, ...]
+) -> tuple[int, ...] | None:
+    dtype = multiplied_as(dtypes[0], device)
+    chain, reason = None, backend.refusal(device, dtype) if len(dtypes) == 1 else "cores of several dtypes"
+    if reason is None:
+        backend.load("lookup_gradients")
+        chain = backend.load("lookup").train(network)
+        if chain is None:
+            reason = "the table is no tensor train of two or three cores with a row mode each"
+    if mode == "only":
+        if reason is not None:
+            raise KernelError(f"no Triton kernel supports this lookup: {reason}")
+        return chain
+    if chain is None:
+        return None
+    table = launch_table(architecture(device if index is None else f"{device}:{index}"))
+    return chain if _pays(network, backend.elements(dtype), table) else None
+
+
+@lru_cache(maxsize=4096)
+def _pays(network: Network, dtype: str, table: Table) -> bool:
+    """Whether the Triton kernel is predicted to be faster than torch's operations, by the time of a row among many.
+
+    Torch's read and write the slice of each core, then read them again for products that lie in memory between each
+    other; the kernel reads slices from the cache, and writes nothing but the row. It is one launch where those are
+    eight at least, so that it is the faster one for few rows too. What it can lose is arithmetic, at modes and ranks
+    that fill no tile: its own time is compared with that of torch's arithmetic and of all that is moved beside it.
+    Gradients are chains of the same matrices, and move as much in proportion: what holds for rows holds for them.
+    """
+    many = contraction.BATCH_CLASSES[-1]
+    cost = lookup_cost(network, many)
+    unfused = cost.flops / table.rates[dtype] + cost.bytes(2 if dtype == "half" else 4) / table.memory
+    seconds: float = backend.load("lookup").seconds(network, dtype, table)
+    return seconds <= unfused / many

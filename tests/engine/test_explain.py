@@ -266,14 +266,14 @@ class TestKernels:
             for call in (layer, lambda x: explain(layer, x)):
                 with pytest.raises(KernelError, match="no Triton kernel supports this call: "):
                     call(x)
-        assert dispatch._mode == "auto"
+        assert backend.mode() == "auto"
 
     def test_the_mode_is_one_of_three_and_is_put_back(self):
         with pytest.raises(KernelError, match=r"use_kernels: .*; got 'cuda'"), tl.use_kernels("cuda"):
             pass
         with pytest.raises(NetworkError, match="in_features"), tl.use_kernels("torch"):
             layer_of(tl.TT)(torch.zeros(1))
-        assert dispatch._mode == "auto"
+        assert backend.mode() == "auto"
 
 
 def test_autocast_is_followed():

@@ -52,6 +52,8 @@ def processors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     count, step = (1, 1e-12) if request.param == "few programs" else (10**9, 1.0)
     table = replace(launch.shipped(launch.DEFAULT), processors=count, step=step)
     monkeypatch.setattr(launch, "table", lambda arch: table)
+    monkeypatch.setattr(kernel, "SIZE", 1024)  # fewer programs: in the interpreter each takes tens of milliseconds
+    monkeypatch.setattr(kernel, "PARTS", 4)
 
 
 def sizes_for(form: str, size: str, dtype: torch.dtype) -> dict[str, int]:

@@ -16,6 +16,7 @@ from tensorlayers import contraction, fused_khatri_rao, launch
 from tensorlayers.activation import activation
 from tensorlayers.errors import KernelError
 from tensorlayers.fused_khatri_rao import FusedKhatriRao, Launch, contract_launch, expand_launch
+from tensorlayers.kernels import chain
 from tensorlayers.kernels import khatri_rao as kernel
 from tensorlayers.network import Network, linear_modes
 from tests.kernels.support import HALF, SINGLE, TOLERANCE, Watch, error, within_nan
@@ -51,7 +52,7 @@ def processors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     count, step = (1, 1e-12) if request.param == "few programs" else (10**9, 1.0)
     table = replace(launch.shipped(launch.DEFAULT), processors=count, step=step)
     monkeypatch.setattr(launch, "table", lambda arch: table)
-    monkeypatch.setattr(kernel, "_SIZE", 1024)  # fewer programs: in the interpreter each takes tens of milliseconds
+    monkeypatch.setattr(chain, "SIZE", 1024)  # fewer programs: in the interpreter each takes tens of milliseconds
 
 
 def sizes_of(name: str, dtype: torch.dtype) -> tuple[int, int, int, int]:
@@ -218,7 +219,7 @@ def test_two_runs_agree_bit_by_bit() -> None:
 
 
 def test_more_parts_than_are_added_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "_PARTS", 4)
+    monkeypatch.setattr(chain, "PARTS", 4)
     x, z, p, q = drawn((1, 3, 5, 300), SINGLE)
     table = replace(launch.shipped(launch.DEFAULT), processors=10**9, step=1.0)
     monkeypatch.setattr(launch, "table", lambda arch: table)
