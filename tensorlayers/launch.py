@@ -6,6 +6,7 @@ tried at run time: a launch depends on the sizes alone.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import warnings
@@ -29,6 +30,10 @@ VECTOR = 16
 LEAST = 16
 """The smallest tile of a matrix product."""
 
+KERNELS = ("rebuild", "rebuild_ragged", "cp_in", "cp_out", "lookup", "lookup_gradients")
+"""The entries that a table has beside the rows of the kernel of chains."""
+
+_DTYPES = ("half", "tf32", "float32")
 _MOST_PARTS = 512
 
 
@@ -345,7 +350,11 @@ def check(made: Table) -> None:
             raise ValueError(f"a middle that is held fits in its tile; got {row}")
         if row.tiles.heads > 1 and not row.shared:
             raise ValueError(f"several heads a program share left and right; got {row}")
-    for dtype in ("half", "tf32", "float32"):
+    for name, dtype in itertools.product(KERNELS, _DTYPES):
+        entry = made.kernels.get(name, {}).get(dtype)
+        if not entry or any(type(number) is not int or number < 1 for number in entry.values()):
+            raise ValueError(f"kernels: {name} has integers of at least 1 for {dtype}; got {entry}")
+    for dtype in _DTYPES:
         large = 10**9
         problem = Problem((1, 1), 1, large, large, large, large, False, False, dtype, False)
         if not any(row.fits(problem) for row in made.rows):
@@ -353,5 +362,5 @@ def check(made: Table) -> None:
     numbers = [made.processors, made.shared_memory, made.cache, made.memory, made.launch, made.step]
     if not all(isinstance(x, (int, float)) and x > 0 for x in (*numbers, *made.rates.values())):
         raise ValueError("every constant is a positive number")
-    if set(made.rates) != {"half", "tf32", "float32"}:
+    if set(made.rates) != set(_DTYPES):
         raise ValueError(f"rates of half, tf32 and float32; got {sorted(made.rates)}")
