@@ -21,10 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tensorlayers import launch as launches
-from tensorlayers.errors import KernelError
+from tensorlayers.activation import activation as activation_of
+from tensorlayers.kernels.operands import elements, is_aligned, precision, strides
 from tensorlayers.launch import Problem, Table
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 PARTS, SIZE = 32, 128  # parts that a program of `finish_kernel` adds at a time, and elements
 
@@ -172,12 +171,10 @@ def problem(left: Tensor, middle: Tensor, right: Tensor, out: Tensor, activation
     """What is to be launched for these operands; see `run`."""
     h1, h2, terms, m, p = left.shape
     q, n = right.shape[3:]
-    dtype = "half" if out.dtype.itemsize == 2 else "float32"
-    if dtype == "float32" and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        dtype = "tf32"
+    dtype = elements("chain", (left, middle, right, out))
     shared = h1 == 1 or left.stride(0) == right.stride(0) == 0
     held = terms == 1 or middle.stride(2) == 0
-    aligned = all(_is_aligned(operand) for operand in (left, middle, right, out))
+    aligned = all(is_aligned(operand, -1, -2) for operand in (left, middle, right, out))
     return Problem((h1, h2), terms, m, n, p, q, shared, held, dtype, aligned, activation != "none")
 
 
@@ -200,19 +197,12 @@ def run(
     KernelError
         If the dtypes differ, or are neither float16, bfloat16 nor float32, or are bfloat16 on the CPU.
     """
-    dtypes = {tensor.dtype for tensor in (left, middle, right, out)}
-    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
-        raise KernelError(f"chain: one dtype, float16, bfloat16 or float32; got {sorted(map(str, dtypes))}")
-    if out.dtype == torch.bfloat16 and out.device.type == "cpu":
-        raise KernelError("chain: Triton's interpreter computes bfloat16 wrongly; use float16 or float32 on the CPU")
+    dtype = elements("chain", (left, middle, right, out))
     if out.numel() == 0:
         return
     if left.numel() == 0 or right.numel() == 0:  # an empty sum
-        out.zero_()
-        if bias is not None or activation != "none":
-            raise KernelError("chain: an empty sum has no epilogue")
+        out.copy_(activation_of(activation)(out.new_zeros(()) if bias is None else bias))
         return
-    left, right = _packed(left), _packed(right)
     sizes = problem(left, middle, right, out, activation)
     table = table or launches.table(launches.architecture(out.device))
     found = launches.launch(sizes, table)
@@ -223,32 +213,15 @@ def run(
     if found.parts > 1:
         sums = out.new_empty((found.parts, h1, h2, sizes.m, sizes.n), dtype=torch.float32)
     whole = found.parts == 1
-    strides = (0, *out.stride()) if whole else sums.stride()
+    of_sums = (0, *strides(out)) if whole else sums.stride()
     with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
         chain_kernel[(found.programs,)](
             left, middle, right, sums, given,
             h1, h2, found.steps, found.share, sizes.m, sizes.n, sizes.p, sizes.q,
-            *left.stride(), *middle.stride(), *right.stride(), *strides, *given.stride(),
+            *strides(left), *strides(middle), *strides(right), *of_sums, *strides(given),
             tiles.heads, tiles.m, tiles.n, tiles.p, tiles.q, tiles.held, sizes.p <= tiles.p,
-            biased and whole, activation if whole else "none", "tf32" if sizes.dtype == "tf32" else "ieee",
+            biased and whole, activation if whole else "none", precision(dtype),
             num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
         )  # fmt: skip
         if not whole:
             finish(sums, out, bias, activation)
-
-
-def _packed(operand: Tensor) -> Tensor:
-    """A left or right operand, which is read again and again, with one of its last two axes contiguous."""
-    if 1 in operand.stride()[3:]:
-        return operand
-    core = operand[tuple(slice(None) if stride else slice(1) for stride in operand.stride())]  # without expansions
-    is_turned = operand.shape[-1] % launches.VECTOR and not operand.shape[-2] % launches.VECTOR
-    return (core.mT.contiguous().mT if is_turned else core.contiguous()).expand(operand.shape)
-
-
-def _is_aligned(operand: Tensor) -> bool:
-    """Whether Triton can see that matrices are addressable in vectors."""
-    sizes, strides = operand.shape[-2:], operand.stride()
-    axis = 1 if strides[-1] == 1 else 0
-    others = [stride for k, stride in enumerate(strides) if k != operand.dim() - 2 + axis]
-    return strides[-2:][axis] == 1 and all(n % launches.VECTOR == 0 for n in (sizes[axis], *others))

@@ -24,11 +24,10 @@ from torch import Tensor
 
 from tensorlayers import launch as launches
 from tensorlayers.activation import activation as activation_of
-from tensorlayers.errors import KernelError
+from tensorlayers.chain import packed
 from tensorlayers.fused_khatri_rao import Launch, contract_launch, expand_launch
 from tensorlayers.kernels.chain import finish
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from tensorlayers.kernels.operands import elements, precision
 
 
 @triton.jit
@@ -145,11 +144,11 @@ def contract(
     KernelError
         If the dtypes differ, or are neither float16, bfloat16 nor float32, or are bfloat16 on the CPU.
     """
-    dtype = _dtype("contract", (x, u, v), out)
+    dtype = elements("contract", (x, u, v), out)
     if 0 in (out.numel(), x.numel()):  # an empty sum
         out.zero_()
         return
-    u, v = _packed(u), _packed(v)
+    u, v = packed(u), packed(v)
     batch, i1, i2 = x.shape
     table = launches.table(launches.architecture(out.device))
     found = contract_launch(batch, i1, i2, u.shape[1], dtype, table)
@@ -159,7 +158,7 @@ def contract(
             x, u, v, sums,
             batch, found.rows, found.share, i1, i2, u.shape[1],
             *x.stride(), *u.stride(), *v.stride(), *_strides(sums, out),
-            *found.tiles, found.held, _precision(dtype),
+            *found.tiles, found.held, precision(dtype),
             num_warps=found.warps, num_stages=found.stages, enable_fp_fusion=True,
         )  # fmt: skip
         if sums is not out:
@@ -183,11 +182,11 @@ def expand(
     KernelError
         As `contract`.
     """
-    dtype = _dtype("expand", (p, q, out), z)
+    dtype = elements("expand", (p, q, out), z)
     if 0 in (out.numel(), z.numel()):  # an empty sum
         out.copy_(activation_of(activation)(out.new_zeros(()) if bias is None else bias))
         return
-    p, q = _packed(p), _packed(q)
+    p, q = packed(p), packed(q)
     batch, o1, o2 = out.shape
     table = launches.table(launches.architecture(out.device))
     found = expand_launch(batch, o1, o2, z.shape[1], dtype, table)
@@ -201,33 +200,12 @@ def expand(
             z, p, q, sums, given,
             batch, found.steps, found.share, o1, o2, z.shape[1],
             *z.stride(), *p.stride(), *q.stride(), *_strides(sums, out), *given.stride(),
-            found.rows, *found.tiles, is_biased, _precision(dtype),
+            found.rows, *found.tiles, is_biased, precision(dtype),
             num_warps=found.warps, num_stages=found.stages, enable_fp_fusion=True,
         )  # fmt: skip
         if sums is not out:
             along = None if bias is None else bias[None, None].expand(out.shape[0], 1, -1, -1)
             finish(sums[:, :, None], out[:, None], along, activation)
-
-
-def _dtype(name: str, alike: tuple[Tensor, ...], other: Tensor) -> str:
-    """What the launch tables call the one dtype of the tensors; the other one has it too, or is float32."""
-    dtypes = {tensor.dtype for tensor in alike} | ({other.dtype} - {torch.float32})
-    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
-        raise KernelError(f"{name}: one dtype, float16, bfloat16 or float32; got {sorted(map(str, dtypes))}")
-    if torch.bfloat16 in dtypes and other.device.type == "cpu":
-        raise KernelError(f"{name}: Triton's interpreter computes bfloat16 wrongly; use float16 or float32 on the CPU")
-    if alike[0].dtype.itemsize == 2:
-        return "half"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
-
-
-def _precision(dtype: str) -> str:
-    return "tf32" if dtype == "tf32" else "ieee"
-
-
-def _packed(core: Tensor) -> Tensor:
-    """A core, which is read again and again, with one of its axes contiguous."""
-    return core if 1 in core.stride() else core.contiguous()
 
 
 def _sums(found: Launch, out: Tensor) -> Tensor:

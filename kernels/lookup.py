@@ -25,10 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tensorlayers import launch as launches
-from tensorlayers.errors import KernelError
+from tensorlayers.kernels.operands import elements, precision
+from tensorlayers.launch import blocks, fitted
 from tensorlayers.network import Network
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 PROGRAMS = 8  # that a processor shall have at least, before one takes several ids
 
@@ -224,7 +223,7 @@ def configuration(kernel: str, dtype: str, table: launches.Table) -> dict[str, i
 def tiles(of: Shape, most: dict[str, int], aligned: bool = False) -> Tiles:
     """The launch configuration of a chain: the smallest tiles that hold its sizes, up to the largest of the table."""
     rank, warp = (most["rank"], most["warp"]) if aligned else (most["ragged_rank"], most["ragged_warp"])
-    m, n, p, q = *(_tile(size, most["side"]) for size in (of.m, of.n)), *(_tile(size, rank) for size in (of.p, of.q))
+    m, n, p, q = *(fitted(size, most["side"]) for size in (of.m, of.n)), *(fitted(size, rank) for size in (of.p, of.q))
     warps = max(m * n, m * q, q * n, *((m * p, p * q) if of.chained else ())) // warp
     warps = max(4 if m >= 64 else 1, min(warps, 8))  # a warpgroup has 64 rows
     return Tiles(m, n, p, q, of.p <= p and of.q <= q, warps, most["stages"], most["ids"])
@@ -233,14 +232,14 @@ def tiles(of: Shape, most: dict[str, int], aligned: bool = False) -> Tiles:
 def are_aligned(views: Sequence[Tensor], chain: Sequence[Site], rows: Tensor) -> bool:
     """Whether Triton can see that the cores, as `Site.view` gives them, and the rows are addressable in vectors."""
     spacings = [site.spacing * rows.stride(1) for site in chain]
-    layouts = [(view.shape, view.stride()) for view in views]
-    return all(_is_aligned(*pair) for pair in (*layouts, ([view.shape[2] for view in views], spacings)))
+    layouts: list[tuple[Sequence[int], Sequence[int]]] = [(view.shape, view.stride()) for view in views]
+    layouts.append(([view.shape[2] for view in views], spacings))
+    return all(launches.is_aligned(sizes, _of_many(sizes, strides)) for sizes, strides in layouts)
 
 
-def _is_aligned(sizes: Sequence[int], strides: Sequence[int]) -> bool:
-    real = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size > 1]
-    inner = any(stride == 1 and size % 16 == 0 for size, stride in real)
-    return inner and all(stride == 1 or stride % 16 == 0 for _, stride in real)
+def _of_many(sizes: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """Strides, 0 along axes of size 1, which are never stepped along."""
+    return [stride if size > 1 else 0 for size, stride in zip(sizes, strides, strict=True)]
 
 
 def options(to: Tiles) -> dict[str, int | bool]:
@@ -248,10 +247,6 @@ def options(to: Tiles) -> dict[str, int | bool]:
     # Without this, ptxas keeps some registers back for more programs a processor, and spills.
     most = {} if torch.version.hip else {"maxnreg": 255}
     return {"num_warps": to.warps, "num_stages": to.stages, "enable_fp_fusion": True, **most}
-
-
-def _tile(size: int, most: int) -> int:
-    return min(most, max(16, 1 << (size - 1).bit_length()))
 
 
 def shares(count: int, of: Shape, to: Tiles, processors: int) -> tuple[int, int]:
@@ -290,27 +285,6 @@ def seconds(network: Network, dtype: str, table: launches.Table) -> float:
     )
 
 
-def blocks(size: int, tile: int) -> int:
-    """How many tiles hold a size."""
-    return -(-size // tile)
-
-
-def elements(dtype: torch.dtype) -> str:
-    """What launch tables call a dtype."""
-    if dtype.itemsize == 2:
-        return "half"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
-
-
-def check(name: str, *tensors: Tensor) -> None:
-    """Refuse dtypes that no kernel here computes."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
-        raise KernelError(f"{name}: one dtype, float16, bfloat16 or float32; got {sorted(map(str, dtypes))}")
-    if tensors[0].dtype == torch.bfloat16 and tensors[0].device.type == "cpu":
-        raise KernelError(f"{name}: Triton's interpreter computes bfloat16 wrongly; use float16 or float32 on the CPU")
-
-
 def run(ids: Tensor, cores: Sequence[Tensor], chain: Sequence[int], width: int) -> Tensor:
     """The rows.
 
@@ -342,13 +316,13 @@ def run(ids: Tensor, cores: Sequence[Tensor], chain: Sequence[int], width: int) 
 
 def write(ids: Tensor, cores: Sequence[Tensor], chain: Sequence[int], out: Tensor) -> None:
     """`run` into a tensor of any strides."""
-    check("lookup", *cores, out)
+    dtype = elements("lookup", (*cores, out))
     if out.numel() == 0:
         return
     along = sites(chain)
     views = [site.view(cores[site.core]) for site in along]
     count, width = out.shape
-    of, dtype = shape([view.shape for view in views]), elements(out.dtype)
+    of = shape([view.shape for view in views])
     table = launches.table(launches.architecture(out.device))
     to = tiles(of, configuration("lookup", dtype, table), are_aligned(views, along, out))
     share, heads_share = shares(count, of, to, table.processors)
@@ -366,7 +340,7 @@ def write(ids: Tensor, cores: Sequence[Tensor], chain: Sequence[int], out: Tenso
             along[-1].divisor, right.shape[0], right_v, right_q, right_n,
             along[0].spacing, along[between].spacing, along[-1].spacing, *out.stride(),
             to.m, to.n, to.p, to.q, to.whole, of.chained, width < of.m * of.heads * of.n,
-            "tf32" if dtype == "tf32" else "ieee",
+            precision(dtype),
             **options(to),
         )  # fmt: skip
 

@@ -32,15 +32,14 @@ from tensorlayers.kernels.lookup import (
     Shape,
     Tiles,
     are_aligned,
-    blocks,
-    check,
     configuration,
-    elements,
     options,
     shape,
     sites,
     tiles,
 )
+from tensorlayers.kernels.operands import elements, precision
+from tensorlayers.launch import blocks
 
 _PARTS, _FINISHED = 16, 64  # pieces that a program of `finish_kernel` adds at a time, and elements that it takes
 
@@ -279,7 +278,7 @@ def _launch(
     """Write the gradient of a core, (values, heads, m, n). Its heads are those of `of`, or these are terms of a sum."""
     grad, ids, aligned = given
     values, heads, m, n = out.shape
-    dtype = elements(out.dtype)
+    dtype = elements("lookup_gradients", (grad, out))
     table = launches.table(launches.architecture(out.device))
     to = tiles(of, configuration("lookup_gradients", dtype, table), aligned)
     cut = pieces(ids, divisor, values, share_of(len(ids), heads, of, to, table.processors))
@@ -292,7 +291,7 @@ def _launch(
             values.bit_length(), values, cut.share, heads, of.heads // heads, m, n, of.p, of.q, *grad.shape[1:],
             grad.stride(1), *left.numbers, *middle.numbers, *right.numbers,
             to.m, to.n, to.p, to.q, "left" if is_left else "middle", of.chained, grad.shape[1] < features,
-            "tf32" if dtype == "tf32" else "ieee", **options(to),
+            precision(dtype), **options(to),
         )  # fmt: skip
         finish_kernel[(values * blocks(heads * m * n, _FINISHED),)](
             sums, cut.starts, out, cut.share, heads, m, n, *out.stride(), _PARTS, _FINISHED
@@ -322,7 +321,7 @@ def run(
 
     Other parameters, and errors: see `lookup.run`.
     """
-    check("lookup_gradients", grad, *cores)
+    elements("lookup_gradients", (grad, *cores))
     found = [torch.empty_like(core) if is_needed else None for core, is_needed in zip(cores, needs, strict=True)]
     write(grad, ids, cores, chain, found)
     return [out for out in found if out is not None]

@@ -19,10 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tensorlayers import launch as launches
-from tensorlayers.errors import KernelError
+from tensorlayers.kernels.operands import elements, is_aligned, precision, strides
 from tensorlayers.rebuild import Problem, launch
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @triton.jit
@@ -65,10 +63,8 @@ def rebuild_kernel(
 def problem(left: Tensor, right: Tensor, out: Tensor) -> Problem:
     """What is to be launched for these operands; see `run`."""
     h1, h2, m1, m2, n1, n2 = out.shape
-    dtype = "half" if out.dtype.itemsize == 2 else "float32"
-    if dtype == "float32" and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        dtype = "tf32"
-    aligned = all(map(_is_aligned, (left, right, out)))
+    dtype = elements("rebuild", (left, right, out))
+    aligned = all(map(is_aligned, (left, right, out)))
     return Problem(h1 * h2, m1 * m2, n1 * n2, left.shape[-1], dtype, aligned)
 
 
@@ -86,11 +82,7 @@ def run(
     KernelError
         If the dtypes differ, or are neither float16, bfloat16 nor float32, or are bfloat16 on the CPU.
     """
-    dtypes = {tensor.dtype for tensor in (left, right, out)}
-    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
-        raise KernelError(f"rebuild: one dtype, float16, bfloat16 or float32; got {sorted(map(str, dtypes))}")
-    if out.dtype == torch.bfloat16 and out.device.type == "cpu":
-        raise KernelError("rebuild: Triton's interpreter computes bfloat16 wrongly; use float16 or float32 on the CPU")
+    dtype = elements("rebuild", (left, right, out))
     if out.numel() == 0:
         return
     sizes = problem(left, right, out)
@@ -100,19 +92,7 @@ def run(
         rebuild_kernel[(found.programs,)](
             left, right, out,
             out.shape[1], sizes.m, sizes.n, sizes.k, out.shape[3], out.shape[5],
-            *_strides(left), *_strides(right), *_strides(out),
-            tiles.m, tiles.n, tiles.k, sizes.k <= tiles.k, "tf32" if sizes.dtype == "tf32" else "ieee",
+            *strides(left), *strides(right), *strides(out),
+            tiles.m, tiles.n, tiles.k, sizes.k <= tiles.k, precision(dtype),
             num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
         )  # fmt: skip
-
-
-def _strides(operand: Tensor) -> list[int]:
-    """Strides, 0 along axes of size 1: so that they do not tell launches apart, nor hide an alignment."""
-    return [stride if size > 1 else 0 for size, stride in zip(operand.shape, operand.stride(), strict=True)]
-
-
-def _is_aligned(operand: Tensor) -> bool:
-    """Whether Triton can see that matrices are addressable in vectors."""
-    strides = _strides(operand)
-    sizes = [size if stride == 1 else stride for size, stride in zip(operand.shape, strides, strict=True)]
-    return 1 in strides and all(size % launches.VECTOR == 0 for size in sizes)

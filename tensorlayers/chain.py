@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .launch import VECTOR, Launch, Problem, Table, launch
+from .contraction import BATCH
+from .launch import VECTOR, Launch, Problem, Table, is_aligned, launch
 
 Indices = tuple[str, ...]
 
@@ -52,13 +53,15 @@ class Chain:
     def views(self, tensors: Sequence[Tensor], sizes: Mapping[str, int]) -> list[Tensor]:
         """The operands as left, middle and right: (heads1, heads2, terms, rows, columns), expanded where they lack one.
 
-        A copy only where indices that are one role here are not next to each other there.
+        A copy only where indices that are one role here are not next to each other there, and of a core that is
+        neither row by row nor column by column.
         """
         h1, h2, t, m, n, p, q = self.roles
         axes = (h1, h2, t, m, p), (h1, h2, t, p, q), (h1, h2, t, q, n)
         found = []
         for k, wanted in zip(self.order, axes, strict=True):
-            found.append(viewed(tensors[k], self.operands[k], wanted, sizes))
+            view = viewed(tensors[k], self.operands[k], wanted, sizes)
+            found.append(packed(view) if self.is_core(self.operands[k]) else view)
         return found
 
     def as_result(self, tensor: Tensor, indices: Indices, sizes: Mapping[str, int]) -> Tensor:
@@ -79,20 +82,30 @@ class Chain:
         return Problem((h1, h2), t, m, n, p, q, shared, held, dtype, self._is_aligned(sizes))
 
     def _is_aligned(self, sizes: Mapping[str, int]) -> bool:
-        """Whether each tensor, if it is contiguous, is addressed in vectors: what the kernel finds from strides."""
-        _, _, _, m, n, p, q = self.roles
-        pairs = [*zip((self.operands[k] for k in self.order), ((m, p), (p, q), (q, n)), strict=True)]
-        for indices, (rows, columns) in (*pairs, (self.result, (m, n))):
+        """Whether each tensor, if it is contiguous, is addressed in vectors, as the kernel finds from its views.
+
+        A core that has neither rows nor columns contiguous is packed.
+        """
+        h1, h2, t, m, n, p, q = self.roles
+        axes = (h1, h2, t, m, p), (h1, h2, t, p, q), (h1, h2, t, q, n)
+        pairs = [(self.operands[k], of) for k, of in zip(self.order, axes, strict=True)]
+        for indices, roles in (*pairs, (self.result, (h1, h2, m, n))):
             strides = _strides(indices, sizes)
-            inner = [role for role in (rows, columns) if not role or strides[role[-1]] == 1]
-            if inner:
-                others = [strides[index] for index in indices if index not in inner[-1]]
-                lengths = [_length(inner[-1], sizes), *others]
-            else:  # the launcher copies it, one axis contiguous
-                lengths = [min((_length(role, sizes) for role in (columns, rows)), key=lambda n: n % VECTOR)]
-            if any(n % VECTOR for n in lengths):
+            lengths = [math.prod(sizes[index] for index in role) for role in roles]
+            steps = [
+                strides[role[-1]] if length > 1 and role[-1] in strides else 0
+                for role, length in zip(roles, lengths, strict=True)
+            ]
+            is_packed = 1 not in steps[-2:] and self.is_core(indices)
+            if is_packed and not any(length % VECTOR == 0 for length in lengths[-2:]):
+                return False
+            if not is_packed and not is_aligned(lengths, steps, (-1, -2)):
                 return False
         return True
+
+    def is_core(self, indices: Indices) -> bool:
+        """Whether these are those of a core: it has no rows, so that a copy of it is small."""
+        return BATCH not in indices
 
 
 def chains(operands: Sequence[Indices], result: Indices) -> list[Chain]:
@@ -148,8 +161,13 @@ def viewed(tensor: Tensor, indices: Indices, roles: Sequence[Indices], sizes: Ma
     return tensor.expand([math.prod(sizes[index] for index in role) for role in roles])
 
 
-def _length(role: Indices, sizes: Mapping[str, int]) -> int:
-    return math.prod(sizes[index] for index in role)
+def packed(view: Tensor) -> Tensor:
+    """A stack of matrices, which is read again and again, with its rows or its columns contiguous."""
+    if 1 in view.stride()[-2:]:
+        return view
+    core = view[tuple(slice(None) if stride else slice(1) for stride in view.stride())]  # without expansions
+    is_turned = view.shape[-1] % VECTOR and not view.shape[-2] % VECTOR
+    return (core.mT.contiguous().mT if is_turned else core.contiguous()).expand(view.shape)
 
 
 def _strides(indices: Indices, sizes: Mapping[str, int]) -> dict[str, int]:

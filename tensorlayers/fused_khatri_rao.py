@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import backend
 from .cost import Cost
-from .launch import Table
+from .launch import Table, blocks, fitted
 from .launch import table as table_of
 from .machine import Machine
 from .network import Network
@@ -220,20 +220,20 @@ class Launch(NamedTuple):
 def contract_launch(batch: int, i1: int, i2: int, rank: int, dtype: str, table: Table) -> Launch:
     """The launch of `contract`: how many rows a program takes, and how many tiles of i1, as the predicted time says."""
     config = table.kernels["cp_in"][dtype]
-    tile, tile1 = config["rank"], _tile(config["i1"], i1)
-    ranks, steps = _blocks(rank, tile), _blocks(i1, tile1)
+    tile, tile1 = config["rank"], fitted(i1, config["i1"])
+    ranks, steps = blocks(rank, tile), blocks(i1, tile1)
     unique = batch * i1 * i2 + (i1 + i2) * rank
     found = []
     for rows, parts in itertools.product(_shares(batch), _shares(min(steps, _MOST_PARTS))):
-        share = _blocks(steps, parts)
-        parts, blocks = _blocks(steps, share), _blocks(batch, rows)
+        share = blocks(steps, parts)
+        parts, groups = blocks(steps, share), blocks(batch, rows)
         held = share == 1 and i2 <= config["i2"]
-        tile2 = _tile(config["i2"], i2) if held else config["step"]
-        inner = _blocks(i2, tile2)
-        factors = (blocks if held else batch) * (i1 + steps * i2)
+        tile2 = fitted(i2, config["i2"]) if held else config["step"]
+        inner = blocks(i2, tile2)
+        factors = (groups if held else batch) * (i1 + steps * i2)
         made = Launch(
             (tile, tile1, tile2), held, rows, steps, share, parts,
-            programs=ranks * blocks * parts,
+            programs=ranks * groups * parts,
             flops=2 * batch * ranks * steps * inner * tile * tile1 * tile2,
             scaled=batch * ranks * steps * tile * tile1,
             loaded=batch * ranks * i1 * i2 + factors * rank,
@@ -248,20 +248,20 @@ def contract_launch(batch: int, i1: int, i2: int, rank: int, dtype: str, table: 
 def expand_launch(batch: int, o1: int, o2: int, rank: int, dtype: str, table: Table) -> Launch:
     """The launch of `expand`: how many rows a program takes, and how many tiles of the rank, as the time says."""
     config = table.kernels["cp_out"][dtype]
-    tiles = _tile(config["o1"], o1), _tile(config["o2"], o2), config["rank"]
-    tiles1, tiles2, steps = (_blocks(size, tile) for size, tile in zip((o1, o2, rank), tiles, strict=True))
+    tiles = fitted(o1, config["o1"]), fitted(o2, config["o2"]), config["rank"]
+    tiles1, tiles2, steps = (blocks(size, tile) for size, tile in zip((o1, o2, rank), tiles, strict=True))
     unique = batch * o1 * o2 + (o1 + o2 + batch) * rank
     found = []
     at_a_time = [rows for rows in _shares(config["rows"]) if rows < 2 * batch]
     for rows, parts in itertools.product(at_a_time, _shares(min(steps, _MOST_PARTS))):
-        share = _blocks(steps, parts)
-        parts, blocks = _blocks(steps, share), _blocks(batch, rows)
+        share = blocks(steps, parts)
+        parts, groups = blocks(steps, share), blocks(batch, rows)
         made = Launch(
             tiles, False, rows, steps, share, parts,
-            programs=tiles1 * tiles2 * blocks * parts,
-            flops=2 * blocks * rows * tiles1 * tiles2 * steps * math.prod(tiles),
-            scaled=blocks * rows * tiles1 * tiles2 * steps * tiles[0] * tiles[2],
-            loaded=(blocks * (tiles2 * o1 + tiles1 * o2) + batch * tiles1 * tiles2) * rank,
+            programs=tiles1 * tiles2 * groups * parts,
+            flops=2 * groups * rows * tiles1 * tiles2 * steps * math.prod(tiles),
+            scaled=groups * rows * tiles1 * tiles2 * steps * tiles[0] * tiles[2],
+            loaded=(groups * (tiles2 * o1 + tiles1 * o2) + batch * tiles1 * tiles2) * rank,
             stored=parts * batch * o1 * o2,
             seconds=0.0, warps=config["warps"], stages=config["stages"],
         )  # fmt: skip
@@ -272,9 +272,9 @@ def expand_launch(batch: int, o1: int, o2: int, rank: int, dtype: str, table: Ta
 def _priced(made: Launch, steps: int, unique: int, dtype: str, table: Table) -> Launch:
     """A launch whose programs take so many steps, with its predicted time; `unique`: elements of all tensors."""
     itemsize = 2 if dtype == "half" else 4
-    unfilled = _blocks(made.programs, table.processors) * table.processors / made.programs
+    unfilled = blocks(made.programs, table.processors) * table.processors / made.programs
     arithmetic = unfilled * (made.flops / table.rates[dtype] + made.scaled / (table.rates["float32"] / 2))
-    latency = _blocks(made.programs, 2 * table.processors) * (steps + 2) * table.step
+    latency = blocks(made.programs, 2 * table.processors) * (steps + 2) * table.step
     cached = (itemsize * made.loaded + 4 * made.stored) / table.cache
     seconds = table.launch + max(arithmetic, latency, cached, itemsize * unique / table.memory)
     if made.parts > 1:
@@ -282,18 +282,9 @@ def _priced(made: Launch, steps: int, unique: int, dtype: str, table: Table) -> 
     return made._replace(seconds=seconds)
 
 
-def _tile(most: int, size: int) -> int:
-    """The least power of two that holds a size, of 16 at least; no more than `most`."""
-    return min(most, max(16, 1 << (size - 1).bit_length()))
-
-
 def _shares(most: int) -> list[int]:
     """The powers of two below a number, and it."""
     return [*(1 << k for k in range((most - 1).bit_length())), most]
-
-
-def _blocks(size: int, tile: int) -> int:
-    return -(-size // tile)
 
 
 # -- planning ---------------------------------------------------------------------------------------------------------
@@ -320,7 +311,7 @@ def candidate(network: Network, task: Task, machine: Machine) -> Candidate | Non
     for side in found.values() if task.cores else ():
         for k, (m, n) in enumerate((side.sizes, side.sizes[::-1])):
             width, copies = _width(rows, n, rank, most), int(k == 0 and rows > 1)  # of the rows, for the first core
-            times = _blocks(rank, width)
+            times = blocks(rank, width)
             elements = 2 * rows * n * rank + (m + n) * rank + (2 * copies + times) * rows * m * n
             moved = Cost(2 * rows * m * n * rank, elements)
             seconds += times * machine.product(1, m, rows * n, width, task.dtype)

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -200,11 +201,12 @@ def launch(problem: Problem, table: Table) -> Launch:
     predicted time says.
     """
     tiles = table.row(problem).tiles
-    tiles = tiles._replace(n=_fitted(problem.n, tiles.n), p=_fitted(problem.p, tiles.p), q=_fitted(problem.q, tiles.q))
+    # Rows are not cut: the matrix units take them by 64.
+    tiles = tiles._replace(n=fitted(problem.n, tiles.n), p=fitted(problem.p, tiles.p), q=fitted(problem.q, tiles.q))
     found = []
     heads = max(1, tiles.heads // 2) if problem.activated else tiles.heads
     while heads:
-        steps = problem.terms * (1 if tiles.held else _blocks(problem.q, tiles.q))
+        steps = problem.terms * (1 if tiles.held else blocks(problem.q, tiles.q))
         parts = 1
         while parts <= min(steps, _MOST_PARTS):
             found.append(_launch(problem, table, tiles._replace(heads=heads), steps, parts))
@@ -215,21 +217,21 @@ def launch(problem: Problem, table: Table) -> Launch:
 
 def _launch(problem: Problem, table: Table, tiles: Tiles, steps: int, parts: int) -> Launch:
     (h1, h2), _, m, n, p, q, *_ = problem
-    share = _blocks(steps, parts)
-    parts = _blocks(steps, share)
-    blocks = _blocks(h1, tiles.heads) * h2
-    m_tiles, n_tiles, p_tiles = _blocks(m, tiles.m), _blocks(n, tiles.n), _blocks(p, tiles.p)
-    programs = parts * blocks * m_tiles * n_tiles
+    share = blocks(steps, parts)
+    parts = blocks(steps, share)
+    heads = blocks(h1, tiles.heads) * h2
+    m_tiles, n_tiles, p_tiles = blocks(m, tiles.m), blocks(n, tiles.n), blocks(p, tiles.p)
+    programs = parts * heads * m_tiles * n_tiles
     once = tiles.heads * 2 * tiles.m * tiles.q * (p_tiles * tiles.p + tiles.n)  # a program's step
-    flops = blocks * m_tiles * n_tiles * steps * once
-    left = blocks * (1 if p_tiles == 1 else tiles.heads) * n_tiles * steps * m * p
+    flops = heads * m_tiles * n_tiles * steps * once
+    left = heads * (1 if p_tiles == 1 else tiles.heads) * n_tiles * steps * m * p
     middle = h1 * h2 * m_tiles * n_tiles * (parts if tiles.held else problem.terms) * p * q
-    right = blocks * m_tiles * problem.terms * q * n
+    right = heads * m_tiles * problem.terms * q * n
     loaded, stored = left + middle + right, parts * h1 * h2 * m * n
     # Each of `waves` programs of a processor takes its steps one after another.
-    waves = _blocks(programs, table.processors)
+    waves = blocks(programs, table.processors)
     arithmetic = waves * share * once / (table.rates[problem.dtype] / table.processors)
-    latency = _blocks(programs, 2 * table.processors) * (share + 2) * table.step
+    latency = blocks(programs, 2 * table.processors) * (share + 2) * table.step
     cached = (loaded + stored) * problem.itemsize / table.cache
     unique = problem.itemsize * (_unique(problem) + h1 * h2 * m * n) / table.memory
     seconds = table.launch + max(arithmetic, latency, cached, unique)
@@ -238,8 +240,8 @@ def _launch(problem: Problem, table: Table, tiles: Tiles, steps: int, parts: int
     return Launch(tiles, steps, share, parts, programs, flops, loaded, stored, seconds)
 
 
-def _fitted(size: int, tile: int) -> int:
-    """A tile no larger than the size asks for; rows are not cut, which the matrix units take by 64."""
+def fitted(size: int, tile: int) -> int:
+    """A tile no larger than it must be: the least power of two that holds a size, or the tile."""
     return min(tile, max(LEAST, 1 << (size - 1).bit_length()))
 
 
@@ -250,8 +252,16 @@ def _unique(problem: Problem) -> int:
     return outer * (m * p + q * n) + h1 * h2 * (1 if held else terms) * p * q
 
 
-def _blocks(size: int, tile: int) -> int:
+def blocks(size: int, tile: int) -> int:
+    """How many tiles hold a size."""
     return -(-size // tile)
+
+
+def is_aligned(sizes: Sequence[int], strides: Sequence[int], axes: Sequence[int] = ()) -> bool:
+    """Whether vectors address a tensor along one of some axes (by default any): that one is contiguous, and all else
+    a multiple of `VECTOR`."""
+    inner = [axis for axis in axes or range(len(sizes)) if strides[axis] == 1 and sizes[axis] % VECTOR == 0]
+    return bool(inner) and all(stride == 1 or stride % VECTOR == 0 for stride in strides)
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import backend
 from .chain import Indices, viewed
 from .cost import volume
-from .launch import VECTOR, Table
+from .launch import VECTOR, Table, blocks, fitted
 
 _SECTOR = 32  # bytes that memory is written in at least
 
@@ -75,13 +75,13 @@ def launch(problem: Problem, table: Table) -> Launch:
     """The launch of a problem, none of whose sizes is 0."""
     heads, m, n, k, dtype, aligned, run = problem
     tiles = tiles_for(problem, table.kernels["rebuild" if aligned else "rebuild_ragged"][dtype])
-    m_tiles, n_tiles, k_tiles = -(-m // tiles.m), -(-n // tiles.n), -(-k // tiles.k)
+    m_tiles, n_tiles, k_tiles = blocks(m, tiles.m), blocks(n, tiles.n), blocks(k, tiles.k)
     programs = heads * m_tiles * n_tiles
     flops = 2 * programs * k_tiles * tiles.m * tiles.n * tiles.k
     loaded, stored = heads * k * (m * n_tiles + n * m_tiles), heads * m * n
     itemsize = 2 if dtype == "half" else 4
     whole = stored * max(itemsize, _SECTOR / run)  # bytes with what short runs waste
-    latency = -(-programs // (2 * table.processors)) * (k_tiles + 2) * table.step
+    latency = blocks(programs, 2 * table.processors) * (k_tiles + 2) * table.step
     memory = (heads * k * (m + n) + stored) * itemsize / table.memory
     cached = (loaded * itemsize + whole) / table.cache
     seconds = table.launch + max(flops / table.rates[dtype], latency, memory, cached)
@@ -90,10 +90,9 @@ def launch(problem: Problem, table: Table) -> Launch:
 
 def tiles_for(problem: Problem, largest: Mapping[str, int]) -> Tiles:
     """The tiles of a launch configuration, made smaller where less holds all: m and n alike, so that they are few."""
-    side, k = (max(16, 1 << (size - 1).bit_length()) for size in (max(problem.m, problem.n), problem.k))
-    m, n = min(side, largest["m"]), min(side, largest["n"])
+    m, n = (fitted(max(problem.m, problem.n), largest[name]) for name in "mn")
     warps = largest["warps"] if 2 * m * n > largest["m"] * largest["n"] else min(4, largest["warps"])
-    return Tiles(m, n, min(k, largest["k"]), warps, largest["stages"])
+    return Tiles(m, n, fitted(problem.k, largest["k"]), warps, largest["stages"])
 
 
 @dataclass(frozen=True)
