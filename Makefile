@@ -1,6 +1,7 @@
 # make test   set up a virtual environment, then lint, types, and all tests
 # make demo   set up, then convert a real pretrained sentence encoder and report
 # make test-oldest   the tests with the oldest TensorLy that is supported
+# make aot    compile every kernel for every architecture, with this Triton and with the oldest; about 25 minutes
 # make notebooks     run the notebooks again, in place
 # The environment is made anew whenever the files that define it change.
 
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 DEFINITION := constraints.txt pyproject.toml setup.cfg
 
-.PHONY: test test-oldest demo notebooks lint clean
+.PHONY: aot test test-oldest demo notebooks lint clean
 
 # Torch first and alone: so that the constrained build is in place before any package asks for "torch".
 $(VENV)/.installed: $(DEFINITION)
@@ -34,6 +35,13 @@ test-oldest:
 	.venv-oldest/bin/python -m pip --disable-pip-version-check -q install tensorly==0.9.0
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 -q
 
+# What is committed says of which sources it is: a test fails when these have changed.
+aot: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.aot --out benchmarks/aot.json
+	$(MAKE) .venv-aot/.installed VENV=.venv-aot
+	.venv-aot/bin/python -m pip --disable-pip-version-check -q install 'triton==3.6.0' 'numpy<2.4'
+	.venv-aot/bin/python -m benchmarks.aot --out benchmarks/aot.json
+
 demo: $(VENV)/.installed
 	$(BIN)/tensorlayers demo
 
@@ -42,4 +50,4 @@ notebooks: $(VENV)/.installed
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info demo-output
+	rm -rf .venv .venv-oldest .venv-aot build dist *.egg-info demo-output

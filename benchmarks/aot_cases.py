@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tensorlayers import launch, rebuild
-from tensorlayers.kernels import chain, khatri_rao
+from tensorlayers.kernels import chain, khatri_rao, lookup, lookup_gradients
 from tensorlayers.kernels import rebuild as rebuild_module
+from tensorlayers.kernels.operands import options
 from tensorlayers.launch import Table
 
 HALF = ("bfloat16", "float16")
@@ -33,7 +34,8 @@ class Case:
         The values of the arguments that are constants.
     multiples : collection of str
         Arguments that are multiples of 16.
-    warps, stages : int
+    options : mapping
+        num_warps and the like.
     large : bool
         Whether a tile of a product has 64 rows or more, so that sm_90 multiplies it by wgmma.
     """
@@ -45,8 +47,7 @@ class Case:
     pointers: Mapping[str, str]
     constants: Mapping[str, Any]
     multiples: Collection[str]
-    warps: int
-    stages: int
+    options: Mapping[str, int | bool]
     large: bool
 
 
@@ -89,7 +90,7 @@ def chain_cases(table: Table) -> Iterator[Case]:
                     f"chain {number}", layout, chain.chain_kernel, dtype,
                     dict.fromkeys(tensors, "") | ({"out": "*fp32"} if layout == "narrow, sums" else {}),
                     constants | fixed | {"PRECISION": precision(dtype)}, multiples,
-                    tiles.warps, tiles.stages, tiles.m >= 64 and row.dtype != "float32",
+                    options(tiles.warps, tiles.stages), tiles.m >= 64 and row.dtype != "float32",
                 )  # fmt: skip
 
 
@@ -121,7 +122,7 @@ def rebuild_cases(table: Table) -> Iterator[Case]:
                         yield Case(
                             row, f"{layout}, {side}", kernel, dtype, dict.fromkeys(tensors, ""),
                             sizes | dict.fromkeys(ones, 1) | {"PRECISION": precision(dtype)}, multiples,
-                            tiles.warps, tiles.stages, tiles.m >= 64 and table_dtype != "float32",
+                            options(tiles.warps, tiles.stages), tiles.m >= 64 and table_dtype != "float32",
                         )  # fmt: skip
 
 
@@ -146,7 +147,8 @@ def khatri_rao_cases(table: Table) -> Iterator[Case]:
         given = {argument: kind for argument, kind in pointers.items() if argument in names}
         given |= {"out": "*fp32"} if entry == "cp_in" else {}
         for table_dtype, config in table.kernels[entry].items():
-            large = min(config["rank" if entry == "cp_in" else "o1"], 64) == 64 and table_dtype != "float32"
+            is_exact = table_dtype == "float32"
+            large = min(config["rank" if entry == "cp_in" else "o1"], 64) == 64 and not is_exact
             for layout, (ones, is_aligned) in layouts.items():
                 multiples = set(names) - {"batch", "rows", "share", "steps"} if is_aligned else set(given)
                 for dtype in dtypes(table_dtype):
@@ -154,11 +156,67 @@ def khatri_rao_cases(table: Table) -> Iterator[Case]:
                     constants = dict(zip(upper, values, strict=True)) | dict.fromkeys(ones.intersection(names), 1)
                     yield Case(
                         name, layout, kernel, dtype, given, constants, multiples,
-                        config["warps"], config["stages"], large,
+                        options(config["warps"], config["stages"], is_exact and entry == "cp_in"), large,
                     )  # fmt: skip
 
 
-CASES = (chain_cases, rebuild_cases, khatri_rao_cases)
+def lookup_cases(table: Table) -> Iterator[Case]:
+    """The rows of trains, and the gradients of an end and of a core between, at small and at the largest tiles."""
+    kernels: tuple[tuple[str, Any, Mapping[str, Any], set[str]], ...] = (  # with the strides that are 1
+        ("lookup", lookup.rows_kernel, {}, {"left_p", "middle_q", "right_n", "columns_n", "out_column"}),
+        ("lookup_gradients", lookup_gradients.sums_kernel, {"GIVEN": "left"},
+         {"left_p", "middle_p", "right_q", "step"}),
+        ("lookup_gradients", lookup_gradients.sums_kernel, {"GIVEN": "middle"},
+         {"left_m", "middle_q", "right_q", "step"}),
+    )  # fmt: skip
+    shapes = {
+        "small": lookup.Shape(8, 8, 12, 12, 16, True),
+        "pairs": lookup.Shape(200, 1, 200, 1, 200, False),
+        "large": lookup.Shape(200, 8, 200, 200, 200, True),
+    }
+    pointers = {"left": "", "middle": "", "right": "", "out": "", "sums": "*fp32"}
+    pointers |= dict.fromkeys(("ids", "order", "starts"), "*i64")
+    uneven = ("_divisor", "_values", "_share")
+    for entry, kernel, which, ones in kernels:
+        names = kernel.arg_names
+        given = {name: kind for name, kind in pointers.items() if name in names}
+        even = {name for name in names if "_" in name or name in {*"mnpq", "width"}}
+        even = {name for name in even if not name.endswith(uneven)} | set(given)
+        for layout in ("aligned", "ragged", "any strides"):
+            for size, of in shapes.items():
+                if which.get("GIVEN") == "middle" and not of.chained:
+                    continue
+                for table_dtype, most in table.kernels[entry].items():
+                    to = lookup.tiles(of, most, layout == "aligned")
+                    values = which | dict(zip("MNPQ", to, strict=False)) | {"WHOLE": to.whole, "CHAINED": of.chained}
+                    values |= {"CUT": layout != "aligned"} | dict.fromkeys(() if layout == "any strides" else ones, 1)
+                    for dtype in dtypes(table_dtype):
+                        constants = values | {"PRECISION": precision(dtype)}
+                        yield Case(
+                            " ".join((entry, *which.values())), f"{layout}, {size}", kernel, dtype, given,
+                            {name: value for name, value in constants.items() if name in names},
+                            even if layout == "aligned" else set(given),
+                            options(to.warps, to.stages, many_registers=True), to.m >= 64 and table_dtype != "float32",
+                        )  # fmt: skip
+
+
+def finish_cases(table: Table) -> Iterator[Case]:
+    """What adds the sums of parts, with all that may follow, and of the pieces of a lookup's gradients."""
+    kernels: tuple[tuple[str, Any, Mapping[str, str], Mapping[str, Any]], ...] = (
+        ("finish", chain.finish_kernel, {"sums": "*fp32", "out": "", "bias": ""},
+         {"PARTS": chain.PARTS, "SIZE": chain.SIZE, "BIASED": True, "ACTIVATION": "gelu"}),
+        ("lookup_gradients, finish", lookup_gradients.finish_kernel, {"sums": "*fp32", "starts": "*i64", "out": ""},
+         {"PARTS": lookup_gradients.PARTS, "SIZE": lookup_gradients.SIZE}),
+    )  # fmt: skip
+    for name, kernel, pointers, constants in kernels:
+        for layout, ones in (("contiguous", {"out_n": 1}), ("any strides", {})):
+            for dtype in dtypes("half") + dtypes("float32"):
+                yield Case(
+                    name, layout, kernel, dtype, pointers, {**constants, **ones}, set(pointers), options(4, 3), False
+                )
+
+
+CASES = (chain_cases, rebuild_cases, khatri_rao_cases, lookup_cases, finish_cases)
 
 
 def cases(arch: str) -> list[Case]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tensorlayers import launch as launches
 from tensorlayers.activation import activation as activation_of
-from tensorlayers.kernels.operands import elements, is_aligned, precision, strides
+from tensorlayers.kernels.operands import elements, is_aligned, options, precision, strides
 from tensorlayers.launch import Problem, Table
 
 PARTS, SIZE = 32, 128  # parts that a program of `finish_kernel` adds at a time, and elements
@@ -131,22 +131,29 @@ def chain_kernel(
 
 @triton.jit
 @no_type_check
+def added(sums, parts, elements, place, inside, PARTS: tl.constexpr, SIZE: tl.constexpr):
+    """Of so many parts the sum at each of SIZE places, PARTS at a time: each load is waited for."""
+    inner = tl.arange(0, PARTS).to(tl.int64)
+    total = tl.zeros((PARTS, SIZE), tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + inner
+        at = part[:, None] * elements + place[None, :]
+        total += tl.load(sums + at, (part < parts)[:, None] & inside[None, :], 0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+@no_type_check
 def finish_kernel(
     sums, out, bias, elements, parts, heads2, m, n,
     out_h1, out_h2, out_m, out_n,
     bias_h1, bias_h2, bias_m, bias_n,
     PARTS: tl.constexpr, SIZE: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Add the parts of (parts, heads1, heads2, m, n), PARTS at a time: each load is waited for."""
+    """Add the parts of (parts, heads1, heads2, m, n)."""
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = place < elements
-    inner = tl.arange(0, PARTS).to(tl.int64)
-    added = tl.zeros((PARTS, SIZE), tl.float32)
-    for first in range(0, parts, PARTS):
-        part = first + inner
-        at = part[:, None] * elements + place[None, :]
-        added += tl.load(sums + at, (part < parts)[:, None] & inside[None, :], 0.0)
-    total = tl.sum(added, 0)
+    total = added(sums, parts, elements, place, inside, PARTS, SIZE)
     column, rest = place % n, place // n
     row, rest = rest % m, rest // m
     second, first_head = rest % heads2, rest // heads2
@@ -221,7 +228,7 @@ def run(
             *strides(left), *strides(middle), *strides(right), *of_sums, *strides(given),
             tiles.heads, tiles.m, tiles.n, tiles.p, tiles.q, tiles.held, sizes.p <= tiles.p,
             biased and whole, activation if whole else "none", precision(dtype),
-            num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
+            **options(tiles.warps, tiles.stages),
         )  # fmt: skip
         if not whole:
             finish(sums, out, bias, activation)

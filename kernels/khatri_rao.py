@@ -27,7 +27,7 @@ from tensorlayers.activation import activation as activation_of
 from tensorlayers.chain import packed
 from tensorlayers.fused_khatri_rao import Launch, contract_launch, expand_launch
 from tensorlayers.kernels.chain import finish
-from tensorlayers.kernels.operands import elements, precision
+from tensorlayers.kernels.operands import elements, options, precision
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def contract(
             batch, found.rows, found.share, i1, i2, u.shape[1],
             *x.stride(), *u.stride(), *v.stride(), *_strides(sums, out),
             *found.tiles, found.held, precision(dtype),
-            num_warps=found.warps, num_stages=found.stages, enable_fp_fusion=True,
+            **options(found.warps, found.stages, many_registers=dtype == "float32"),
         )  # fmt: skip
         if sums is not out:
             finish(sums[:, :, None, None], out[:, None, None])
@@ -201,7 +201,7 @@ def expand(
             batch, found.steps, found.share, o1, o2, z.shape[1],
             *z.stride(), *p.stride(), *q.stride(), *_strides(sums, out), *given.stride(),
             found.rows, *found.tiles, is_biased, precision(dtype),
-            num_warps=found.warps, num_stages=found.stages, enable_fp_fusion=True,
+            **options(found.warps, found.stages),
         )  # fmt: skip
         if sums is not out:
             along = None if bias is None else bias[None, None].expand(out.shape[0], 1, -1, -1)

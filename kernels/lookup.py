@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tensorlayers import launch as launches
-from tensorlayers.kernels.operands import elements, precision
+from tensorlayers.kernels.operands import elements, options, precision
 from tensorlayers.launch import blocks, fitted
 from tensorlayers.network import Network
 
@@ -242,13 +242,6 @@ def _of_many(sizes: Sequence[int], strides: Sequence[int]) -> list[int]:
     return [stride if size > 1 else 0 for size, stride in zip(sizes, strides, strict=True)]
 
 
-def options(to: Tiles) -> dict[str, int | bool]:
-    """How a kernel is compiled."""
-    # Without this, ptxas keeps some registers back for more programs a processor, and spills.
-    most = {} if torch.version.hip else {"maxnreg": 255}
-    return {"num_warps": to.warps, "num_stages": to.stages, "enable_fp_fusion": True, **most}
-
-
 def shares(count: int, of: Shape, to: Tiles, processors: int) -> tuple[int, int]:
     """How many ids and how many heads a program takes: several only where every processor has programs enough."""
     units = count * of.heads * blocks(of.m, to.m) * blocks(of.n, to.n) // (PROGRAMS * processors)
@@ -341,7 +334,7 @@ def write(ids: Tensor, cores: Sequence[Tensor], chain: Sequence[int], out: Tenso
             along[0].spacing, along[between].spacing, along[-1].spacing, *out.stride(),
             to.m, to.n, to.p, to.q, to.whole, of.chained, width < of.m * of.heads * of.n,
             precision(dtype),
-            **options(to),
+            **options(to.warps, to.stages, many_registers=True),
         )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tensorlayers import launch as launches
+from tensorlayers.kernels.chain import added
 from tensorlayers.kernels.lookup import (
     PROGRAMS,
     Counts,
@@ -33,15 +34,14 @@ from tensorlayers.kernels.lookup import (
     Tiles,
     are_aligned,
     configuration,
-    options,
     shape,
     sites,
     tiles,
 )
-from tensorlayers.kernels.operands import elements, precision
+from tensorlayers.kernels.operands import elements, options, precision
 from tensorlayers.launch import blocks
 
-_PARTS, _FINISHED = 16, 64  # pieces that a program of `finish_kernel` adds at a time, and elements that it takes
+PARTS, SIZE = 16, 64  # pieces that a program of `finish_kernel` adds at a time, and elements that it takes
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def finish_kernel(
     out_v, out_h, out_m, out_n,
     PARTS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Add the pieces of `sums_kernel` of each digit, some at a time; of a digit without any the sum is 0."""
+    """Add the pieces of `sums_kernel` of each digit; of a digit without any the sum is 0."""
     size = heads * m * n
     tiles = tl.cdiv(size, SIZE)
     program = tl.program_id(0).to(tl.int64)
@@ -139,15 +139,12 @@ def finish_kernel(
     start, end = tl.load(starts + digit), tl.load(starts + digit + 1)
     first = start // share
     pieces = tl.where(start < end, (end - 1) // share - first + 1, 0)
-    total = tl.zeros((SIZE,), tl.float32)
-    for part in range(0, pieces, PARTS):
-        at = part + tl.arange(0, PARTS)
-        inside = (at < pieces)[:, None] & (place < size)[None, :]
-        total += tl.sum(tl.load(sums + (digit + first + at)[:, None] * size + place[None, :], inside, 0.0), 0)
+    inside = place < size
+    total = added(sums + (digit + first) * size, pieces, size, place, inside, PARTS, SIZE)
     column, rest = place % n, place // n
     row, head = rest % m, rest // m
     at = digit * out_v + head * out_h + row * out_m + column * out_n
-    tl.store(out + at, total.to(out.dtype.element_ty), place < size)
+    tl.store(out + at, total.to(out.dtype.element_ty), inside)
 
 
 # -- launching --------------------------------------------------------------------------------------------------------
@@ -291,10 +288,10 @@ def _launch(
             values.bit_length(), values, cut.share, heads, of.heads // heads, m, n, of.p, of.q, *grad.shape[1:],
             grad.stride(1), *left.numbers, *middle.numbers, *right.numbers,
             to.m, to.n, to.p, to.q, "left" if is_left else "middle", of.chained, grad.shape[1] < features,
-            precision(dtype), **options(to),
+            precision(dtype), **options(to.warps, to.stages, many_registers=True),
         )  # fmt: skip
-        finish_kernel[(values * blocks(heads * m * n, _FINISHED),)](
-            sums, cut.starts, out, cut.share, heads, m, n, *out.stride(), _PARTS, _FINISHED
+        finish_kernel[(values * blocks(heads * m * n, SIZE),)](
+            sums, cut.starts, out, cut.share, heads, m, n, *out.stride(), PARTS, SIZE
         )
 
 

@@ -1,4 +1,4 @@
-"""What all kernels ask of their operands: which dtypes, how products are rounded, whether vectors address them."""
+"""What the launches of all kernels share: what they ask of operands, and how kernels are compiled."""
 
 from __future__ import annotations
 
@@ -55,3 +55,12 @@ def strides(operand: Tensor) -> list[int]:
 def is_aligned(operand: Tensor, *axes: int) -> bool:
     """Whether Triton can see that an operand is addressed in vectors, along one of these axes (or any)."""
     return launch.is_aligned(operand.shape, strides(operand), axes)
+
+
+def options(warps: int, stages: int, many_registers: bool = False) -> dict[str, int | bool]:
+    """How a kernel is compiled.
+
+    `many_registers`: for a kernel that spills otherwise, because ptxas keeps some back for more programs a processor.
+    """
+    most = {"maxnreg": 255} if many_registers and not torch.version.hip else {}
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, **most}

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tensorlayers import launch as launches
-from tensorlayers.kernels.operands import elements, is_aligned, precision, strides
+from tensorlayers.kernels.operands import elements, is_aligned, options, precision, strides
 from tensorlayers.rebuild import Problem, launch
 
 
@@ -94,5 +94,5 @@ def run(
             out.shape[1], sizes.m, sizes.n, sizes.k, out.shape[3], out.shape[5],
             *strides(left), *strides(right), *strides(out),
             tiles.m, tiles.n, tiles.k, sizes.k <= tiles.k, precision(dtype),
-            num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
+            **options(tiles.warps, tiles.stages),
         )  # fmt: skip

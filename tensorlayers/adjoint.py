@@ -14,12 +14,18 @@ from .cost import Cost
 
 @lru_cache(maxsize=4096)
 def steps_back(plan: Plan) -> tuple[tuple[Plan, Plan], ...]:
-    """For each step, the plans of the gradients of its operands: of the result's gradient and the other operand."""
+    """For each step, the plans of the gradients of its operands: of the result's gradient, in the order of
+    `Step.natural`, and the other operand."""
     found = []
     for step in plan.steps:
-        left, right = step.operands
-        of_left = contraction.plan((step.result, right), left, plan.sizes)
-        found.append((of_left, contraction.plan((step.result, left), right, plan.sizes)))
+        pairs = (step.operands, step.operands[::-1])
+        # In an order that is a product of the matrix that the gradient then is.
+        orders = [tuple(sorted(mine, key=(*step.natural, *mine).index)) for mine, _ in pairs]
+        left, right = (
+            contraction.plan((step.natural, other), order, plan.sizes)
+            for (_, other), order in zip(pairs, orders, strict=True)
+        )
+        found.append((left, right))
     return tuple(found)
 
 
@@ -75,12 +81,16 @@ def gradients(
         gradient, found[result] = found[result], None
         if gradient is None:
             continue
+        step = plan.steps[k]
+        if step.natural != step.result:  # once for both operands
+            gradient = gradient.permute([step.result.index(index) for index in step.natural]).contiguous()
         both = pairs[k], pairs[k][::-1]
-        for (side, other), back in zip(both, steps_back(plan)[k], strict=True):
+        for (side, other), mine, back in zip(both, step.operands, steps_back(plan)[k], strict=True):
             if wanted[side]:
                 value = values[other]
                 assert value is not None
-                found[side] = contraction.execute(back, (gradient, value))
+                of_side = contraction.execute(back, (gradient, value))
+                found[side] = of_side.permute([back.output.index(index) for index in mine])
             if other >= len(operands):
                 values[other] = None  # that was its last use
     return found[: len(operands)]

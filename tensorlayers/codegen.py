@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import contraction
-from .program import Group, Program, Step
+from .group import Group
+from .program import Program, Step
 
 Run = Callable[[Tensor, Sequence[Tensor], "Tensor | None"], Tensor]
 """(rows, cores, bias or None) -> result."""

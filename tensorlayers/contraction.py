@@ -41,6 +41,8 @@ class Step:
     equation: str
     is_product: bool
     """Whether nothing is summed."""
+    natural: tuple[str, ...]
+    """The order that the product leaves the indices in: that of the result, or one that is copied into it."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ def _steps(
     terms: tuple[tuple[str, ...], ...], output: tuple[str, ...], pairs: list[tuple[int, int]]
 ) -> tuple[Step, ...]:
     if len(terms) == 1:
-        return (Step(0, 0, terms, output, _equation(terms, output), False),)
+        return (Step(0, 0, terms, output, _equation(terms, output), False, output),)
     live, steps = list(terms), []
     for number, (left, right) in enumerate(pairs, 1):
         operands = (live[left], live[right])
@@ -261,8 +263,16 @@ def _steps(
         if number == len(pairs):
             result = output
         is_product = set(result) == {*operands[0], *operands[1]}
-        steps.append(Step(left, right, operands, result, _equation(operands, result), is_product))
+        natural = result if is_product else _natural(*operands, result)
+        steps.append(Step(left, right, operands, result, _equation(operands, result), is_product, natural))
     return tuple(steps)
+
+
+def _natural(left: tuple[str, ...], right: tuple[str, ...], result: tuple[str, ...]) -> tuple[str, ...]:
+    """Batch, rows and columns of a matrix product; or its transpose, if it has no batch and that is the result."""
+    batch = tuple(index for index in result if index in left and index in right)
+    rows, columns = (tuple(index for index in result if index not in other) for other in (right, left))
+    return result if result == (*columns, *rows) else (*batch, *rows, *columns)
 
 
 def _equation(operands: Sequence[Sequence[str]], result: Sequence[str]) -> str:

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from . import adjoint
 from .conv_maps import Window, convolve_back, is_last, mix_back, permuted_back, with_channels, with_layout
 from .convolution import ConvPlan, Step, apply, convolved, enter, leave, weight_of
+from .group import apart
 from .precision import at_least_single
 
 _BYTES = 2**21
@@ -75,7 +75,7 @@ def gradients(
     if not any(needs):
         return found
     weights = [weight_of(step, cores) for step in plan.steps]
-    wanted = [any(needs[1 + k] for k in step.cores) for step in plan.steps]
+    wanted = [any(needs[1 + k] for k in step.group.cores) for step in plan.steps]
     chunk = chunk or samples(plan, x, window, training=True)
     dx = _empty(x, x.shape, is_last(x)) if needs[0] and chunk < x.shape[0] else None
     sums: list[Tensor | None] = [None] * len(weights)
@@ -220,15 +220,7 @@ def _core_gradients(
     step: Step, total: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]
 ) -> Iterator[tuple[int, Tensor]]:
     """The gradients of the cores of a step, from that of its weight."""
-    merge, first = step.merge, step.cores[0]
-    sizes = cores[first].shape if merge is None else [dict(merge.sizes)[index] for index in merge.output]
+    sizes = step.group.sizes
     inverse = sorted(range(len(sizes)), key=step.core_order.__getitem__)
     total = total.reshape([sizes[axis] for axis in step.core_order]).permute(inverse)
-    if merge is None:
-        yield first, total.contiguous()
-        return
-    wanted = [needs[1 + k] for k in step.cores]
-    found = adjoint.gradients(merge, [cores[k] for k in step.cores], total, wanted)
-    for k, gradient in zip(step.cores, found, strict=True):
-        if gradient is not None:
-            yield k, gradient.contiguous()
+    yield from apart(step.group, total, cores, needs[1:])

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from . import contraction, conv_cost
-from .contraction import Plan, constant_when_compiled
+from .contraction import constant_when_compiled
 from .conv_cost import Convolution
 from .conv_maps import Window, convolve, is_last, mix, permuted, with_channels, with_layout
 from .conv_search import Search
 from .cost import Cost, volume
+from .group import Group, product
 from .machine import Machine
 from .network import Network
 
@@ -35,10 +36,8 @@ class Step:
 
     Parameters
     ----------
-    cores : tuple of int
+    group : Group
         The cores of the network that it takes.
-    merge : Plan or None
-        How they are multiplied first, where they are several.
     order : tuple of str
         The indices of the input's channels as it comes.
     lead, groups, summed, new : tuple of str
@@ -68,8 +67,7 @@ class Step:
         What its time is predicted from.
     """
 
-    cores: tuple[int, ...]
-    merge: Plan | None
+    group: Group
     order: tuple[str, ...]
     lead: tuple[str, ...]
     groups: tuple[str, ...]
@@ -143,7 +141,8 @@ class ConvPlan:
             forward, back = conv_cost.seconds(work, on, itemsize)
             if step.reorder or step.lead:  # the channels are copied into another order
                 forward += conv_cost.copying(work, on, itemsize)
-            merging = conv_cost.merging(step.merge.cost, len(step.merge.steps), on) if step.merge else 0.0
+            merge = step.group.merge
+            merging = conv_cost.merging(merge.cost, len(merge.steps), on) if merge else 0.0
             around = conv_cost.around(math.prod(step.weight_shape), on, itemsize)
             again = 0.0 if step is self.steps[-1] else forward
             total += forward + merging + around + (again + back + 3 * (merging + around) if training else 0.0)
@@ -226,8 +225,7 @@ def _step(
     counts = (volume(lead, size), volume(groups, size), volume((*groups, *summed), size))
     ends = volume(first, size), volume(second, size)
     return Step(
-        cores=tuple(sorted(cores)),
-        merge=merge,
+        group=Group(tuple(sorted(cores)), tuple(size[index] for index in names), merge),
         order=order,
         lead=lead,
         groups=groups,
@@ -274,15 +272,14 @@ def _planned(network: Network, rest: tuple[Any, ...]) -> ConvPlan:
 
 def weight_of(step: Step, cores: Sequence[Tensor]) -> Tensor:
     """The (merged) core of a step as the weight that its convolution takes."""
-    parts = [cores[k] for k in step.cores]
-    core = parts[0] if step.merge is None else contraction.execute(step.merge, parts)
+    core = product(step.group, cores)
     # Contiguous: a 1x1 weight with transposed strides passes for channels-last, and the output would follow it.
     return core.permute(step.core_order).reshape(step.weight_shape).contiguous()
 
 
 def copies(plan: ConvPlan) -> int:
     """Elements of the weights that take memory beside the cores."""
-    copied = (step for step in plan.steps if step.merge or list(step.core_order) != sorted(step.core_order))
+    copied = (step for step in plan.steps if step.group.merge or list(step.core_order) != sorted(step.core_order))
     return sum(math.prod(step.weight_shape) for step in copied)
 
 

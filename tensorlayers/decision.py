@@ -215,12 +215,7 @@ def dense_seconds(
     products = [(rows, in_features, out_features)]
     products += [(rows, out_features, in_features)] * x
     products += [(out_features, rows, in_features)] * weight
-    seconds = 0.0
-    for m, k, n in products:
-        size = (m * k + k * n + m * n) * itemsize(dtype)
-        rate = on.cached if size <= on.cache else on.memory
-        seconds += on.product(1, m, k, n, dtype) + size / rate + on.launch
-    return seconds
+    return sum(on.alone(1, *sizes, dtype, itemsize(dtype)) for sizes in products)
 
 
 def machine_of(x: Tensor) -> Machine:

@@ -9,17 +9,18 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from . import adjoint, backend, chain, contraction
+from . import backend, chain, contraction
 from .activation import activation as activation_of
 from .chain import Chain, Indices
 from .contraction import BATCH, Plan
 from .cost import Cost
+from .group import Group, apart, product
 from .launch import Table
 from .launch import table as table_of
 from .machine import Machine
 from .network import Network
 from .orders import Order, Orders, orders
-from .program import Candidate, Group, KernelProgram, Task
+from .program import Candidate, KernelProgram, Task
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class Stage:
         backend.load("chain").run(*how.views(tensors, sizes), how.as_result(out, how.result, sizes), along, activation)
         return out
 
+    def products(self, cores: Sequence[Tensor]) -> list[Tensor]:
+        """Of the cores of each group."""
+        return [product(group, cores) for group in self.groups]
+
     @property
     def takes_bias(self) -> bool:
         """Whether the product can add one that is the same for all rows."""
@@ -89,8 +94,8 @@ class Fused(KernelProgram):
     def forward(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, activation: str = "none") -> Tensor:
         sizes, rows, last = self._sizes(x), self._rows(x), self.stages[-1]
         for stage in self.stages[:-1]:
-            rows = stage.run(stage.ahead, (rows, *merged(stage, cores)), sizes)
-        operands, shape = (rows, *merged(last, cores)), (x.shape[0], self.network.features("out"))
+            rows = stage.run(stage.ahead, (rows, *stage.products(cores)), sizes)
+        operands, shape = (rows, *last.products(cores)), (x.shape[0], self.network.features("out"))
         if last.takes_bias:
             along = None if bias is None else bias.reshape(self.network.mode_sizes("out"))
             return last.run(last.ahead, operands, sizes, along, activation).reshape(shape)
@@ -100,7 +105,7 @@ class Fused(KernelProgram):
     def gradients(self, dy: Tensor, x: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
         sizes = self._sizes(x)
         taken = [self._rows(x)]
-        products = [merged(stage, cores) for stage in self.stages]
+        products = [stage.products(cores) for stage in self.stages]
         for stage, groups in zip(self.stages[:-1], products, strict=False):
             taken.append(stage.run(stage.ahead, (taken[-1], *groups), sizes))
         gradient = dy.reshape(x.shape[0], *self.network.mode_sizes("out"))
@@ -108,16 +113,9 @@ class Fused(KernelProgram):
         for k in range(len(self.stages) - 1, -1, -1):
             stage, operands = self.stages[k], (taken[k], *products[k])
             for position, group in enumerate(stage.groups, 1):
-                wanted = [needs[1 + core] for core in group.cores]
-                if any(wanted):
+                if any(needs[1 + core] for core in group.cores):
                     of_group = self._back(stage, position, gradient, operands, sizes)
-                    if group.merge is None:
-                        found[group.cores[0]] = of_group
-                        continue
-                    members = [cores[core] for core in group.cores]
-                    for core, of_core in zip(
-                        group.cores, adjoint.gradients(group.merge, members, of_group, wanted), strict=True
-                    ):
+                    for core, of_core in apart(group, of_group, cores, needs[1:]):
                         found[core] = of_core
             if k or needs[0]:
                 gradient = self._back(stage, 0, gradient, operands, sizes)
@@ -131,15 +129,6 @@ class Fused(KernelProgram):
         how = stage.back[position]
         assert how is not None
         return stage.run(how, (gradient, *others), sizes)
-
-
-def merged(stage: Stage, cores: Sequence[Tensor]) -> list[Tensor]:
-    """The product of each group of a stage."""
-    found = []
-    for group in stage.groups:
-        members = [cores[k] for k in group.cores]
-        found.append(members[0] if group.merge is None else contraction.execute(group.merge, members))
-    return found
 
 
 # -- planning ---------------------------------------------------------------------------------------------------------
@@ -225,15 +214,10 @@ def _made(of: Orders, split: Sequence[Order], table: Table) -> Candidate | None:
             back.append(priced.way(others, operands[k]) if is_wanted else None)
             if is_wanted and back[-1] is None:
                 return None
-        made = tuple(_group(of, group, name) for group, name in zip(members, names, strict=True))
+        made = tuple(of.group(group, name) for group, name in zip(members, names, strict=True))
         priced.seconds += sum(of.merging(group, name) for group, name in zip(members, names, strict=True))
         stages.append(Stage(made, operands, result, ahead, tuple(back)))
         rows = result
     program = Fused(of.network, tuple(stages))
     largest = max((math.prod(of.size[index] for index in stage.result) for stage in stages[:-1]), default=0)
     return Candidate(program, 0, priced.cost, Cost(), priced.seconds, priced.launches, largest)
-
-
-def _group(of: Orders, members: frozenset[int], indices: Indices) -> Group:
-    sizes = tuple(of.size[index] for index in indices)
-    return Group(tuple(sorted(members)), sizes, None if len(members) == 1 else of.merge(members, indices))

@@ -15,17 +15,18 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import adjoint, backend, contraction
+from . import backend, contraction
 from .activation import activation as activation_of
 from .chain import Indices
 from .contraction import Plan
 from .cost import Cost, dense_linear
+from .group import Group, apart, product
 from .launch import Table
 from .launch import table as table_of
 from .machine import Machine
 from .network import Network
 from .orders import Orders, orders
-from .program import Candidate, Group, KernelProgram, Task
+from .program import Candidate, KernelProgram, Task
 from .rebuild import Form, form, launch
 from .step_cost import StepCosts
 
@@ -80,22 +81,16 @@ class FusedRebuild(KernelProgram):
     def __init__(self, network: Network, groups: tuple[Group, Group], form: Form, back: Back | None) -> None:
         self.network, self.groups, self.form, self.back = network, groups, form, back
 
-    def _merged(self, cores: Sequence[Tensor]) -> list[Tensor]:
-        members = [[cores[k] for k in group.cores] for group in self.groups]
-        return [
-            some[0] if group.merge is None else contraction.execute(group.merge, some)
-            for group, some in zip(self.groups, members, strict=True)
-        ]
-
     def _weight(self, left: Tensor, right: Tensor) -> Tensor:
         weight = self.form.run(left, right, self.network.size)
         return weight.reshape(self.network.features("out"), self.network.features("in"))
 
     def forward(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, activation: str = "none") -> Tensor:
-        return activation_of(activation)(torch.nn.functional.linear(x, self._weight(*self._merged(cores)), bias))
+        left, right = (product(group, cores) for group in self.groups)
+        return activation_of(activation)(torch.nn.functional.linear(x, self._weight(left, right), bias))
 
     def gradients(self, dy: Tensor, x: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-        products = self._merged(cores)
+        products = [product(group, cores) for group in self.groups]
         found: list[Tensor | None] = [None] * len(needs)
         if needs[0]:
             found[0] = dy @ self._weight(*products)
@@ -106,20 +101,12 @@ class FusedRebuild(KernelProgram):
         for group, plan, indices, other in zip(
             self.groups, self.back.plans, (self.form.left, self.form.right), products[::-1], strict=True
         ):
-            wanted = [needs[1 + k] for k in group.cores]
-            if any(wanted):
+            if any(needs[1 + k] for k in group.cores):
                 gradient = contraction.execute(plan, (of_weight, other))
                 gradient = gradient.permute([plan.output.index(index) for index in indices])
-                for k, of_core in zip(group.cores, _apart(group, cores, gradient, wanted), strict=True):
-                    found[1 + k] = None if of_core is None else of_core.contiguous()
+                for k, of_core in apart(group, gradient, cores, needs[1:]):
+                    found[1 + k] = of_core
         return found
-
-
-def _apart(group: Group, cores: Sequence[Tensor], gradient: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients of the cores of a group, from that of their product."""
-    if group.merge is None:
-        return [gradient]
-    return adjoint.gradients(group.merge, [cores[k] for k in group.cores], gradient, wanted)
 
 
 # -- planning ---------------------------------------------------------------------------------------------------------
@@ -137,10 +124,7 @@ def is_written_in_place(network: Network) -> bool:
     """Whether the last product of torch's own plan leaves the modes in the order of the weight, or its transpose."""
     outs, ins = network.names("out"), network.names("in")
     last = contraction.plan(network.cores, (*outs, *ins), network.sizes).steps[-1]
-    left, right = last.operands
-    batch = tuple(index for index in last.result if index in left and index in right)
-    rows, columns = (tuple(i for i in last.result if i in one and i not in batch) for one in (left, right))
-    return last.is_product or last.result == (*batch, *rows, *columns) or (rows, columns) == (ins, outs)
+    return last.natural == last.result
 
 
 def candidates(network: Network, task: Task, machine: Machine) -> list[Candidate]:
@@ -182,8 +166,10 @@ class _Planner:
         if max(map(self.costs.bytes, names)) > self.costs.bytes(self.weight):
             return None  # a group that is larger than the weight is not worth it
         outs, ins = self.costs.volume(self.outs), self.costs.volume(self.ins)
+        left, right = map(of.group, members, names)
         seconds = sum(map(of.merging, members, names))
-        fixed, count, back = sum(map(self._merged, members, names), Cost()), 2 * len(of.everything) - 4, None
+        fixed = left.cost(gradients=task.cores) + right.cost(gradients=task.cores)
+        count, back = 2 * len(of.everything) - 4, None
         if task.forward or task.x:
             launched = launch(found.problem(of.size, backend.elements(task.dtype)), self.table)
             seconds += launched.seconds + sum(map(self._copying, members, names, found.roles))
@@ -195,7 +181,6 @@ class _Planner:
             seconds, fixed, count = seconds + taken, fixed + cost, count + 3
         products = task.forward + task.x + task.cores
         cost = sum([dense_linear(outs, ins, task.rows)] * products, fixed)
-        left, right = map(self._group, members, names)
         program = FusedRebuild(of.network, (left, right), found, back)
         return Candidate(program, 0, cost, fixed, seconds, count, 0)
 
@@ -240,9 +225,7 @@ class _Planner:
 
     def _product(self, batch: int, m: int, k: int, n: int) -> float:
         """Seconds of (m, k) by (k, n) products by torch."""
-        size = batch * (m * k + k * n + m * n) * self.task.itemsize
-        rate = self.machine.cached if size <= self.machine.cache else self.machine.memory
-        return self.machine.product(batch, m, k, n, self.task.dtype) + size / rate + self.machine.launch
+        return self.machine.alone(batch, m, k, n, self.task.dtype, self.task.itemsize)
 
     def _copying(self, group: frozenset[int], indices: Indices, roles: tuple[Indices, ...]) -> float:
         """Seconds to bring the axes of an operand next to each other where the kernel sees them as one."""
@@ -251,14 +234,3 @@ class _Planner:
 
     def _copy(self, indices: Indices) -> float:
         return self.costs.copy(self.costs.bytes(indices)) + self.machine.launch
-
-    def _merged(self, group: frozenset[int], indices: Indices) -> Cost:
-        """What it takes to multiply the cores of a group, and for their gradients."""
-        if len(group) == 1:
-            return Cost()
-        plan = self.of.merge(group, indices)
-        return plan.cost + (adjoint.cost(plan) if self.task.cores else Cost())
-
-    def _group(self, group: frozenset[int], indices: Indices) -> Group:
-        sizes = tuple(self.of.size[index] for index in indices)
-        return Group(tuple(sorted(group)), sizes, None if len(group) == 1 else self.of.merge(group, indices))

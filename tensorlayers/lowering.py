@@ -11,13 +11,12 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, lru_cache
 
-from . import adjoint
 from .contraction import BATCH
 from .cost import Cost
 from .machine import Machine
 from .network import Network
 from .orders import Order, Orders, orders
-from .program import Candidate, Group, Program, Step, Task
+from .program import Candidate, Program, Step, Task
 from .slices import slices
 from .step_cost import Indices, Priced, StepCosts, Way, permutation
 
@@ -125,19 +124,14 @@ class _Lowering:
         largest = max((p.left for p in steps[:-1]), default=0)
         moved = sum(p.work.moved for p in steps) + (2 * self.cost.bytes(layout) if order else 0)
         chained = Cost(int(sum(p.work.flops for p in steps) * parts), int(moved * parts) // task.itemsize)
-        fixed = sum((self._merged(step.group) for step in made), Cost(0, sum(p.read for p in steps) // task.itemsize))
+        merged = (step.group.cost(gradients=task.cores) for step in made)
+        fixed = sum(merged, Cost(0, sum(p.read for p in steps) // task.itemsize))
         seconds = sum(parts * p.work.seconds for p in steps) + sum(p.fixed for p in steps)
         seconds += parts * (self.cost.copy(self.cost.bytes(layout)) if order else 0.0)
         # Of a sum over slices, each but the first reads the rows again, and reads and writes the result.
         seconds += self.cost.ends() * max(1, 2 * len(slices(self.network, program)) - 1)
         launches = int(sum(p.work.launches for p in steps) * math.ceil(parts))
         return Candidate(program, self.chunk, chained + fixed, fixed, seconds, launches, largest)
-
-    def _merged(self, group: Group) -> Cost:
-        """What it takes to multiply the cores of a group, and to take the gradients apart."""
-        if group.merge is None:
-            return Cost()
-        return group.merge.cost + (adjoint.cost(group.merge) if self.task.cores else Cost())
 
     # -- the step itself ----------------------------------------------------------------------------------------------
 
@@ -146,7 +140,7 @@ class _Lowering:
         sizes, core = self.cost.sizes(way), self.cost.core_of(way)
         batch = () if self.cost.is_plain(way, sizes) else (way.batch,)
         return Step(
-            group=self._group(way.group, core.indices),
+            group=self.of.group(way.group, core.indices),
             left=way.left,
             sizes=self._open(layout),
             order=permutation(layout, way.wanted),
@@ -165,12 +159,6 @@ class _Lowering:
 
     def _shape(self, *parts: Indices) -> tuple[int, ...]:
         return tuple(-1 if BATCH in part else self.cost.volume(part) for part in parts)
-
-    def _group(self, group: frozenset[int], indices: Indices) -> Group:
-        members, sizes = tuple(sorted(group)), tuple(self.cost.size[index] for index in indices)
-        if len(members) == 1:
-            return Group(members, sizes)
-        return Group(members, sizes, self.of.merge(group, indices))
 
 
 def _arrangements(indices: Sequence[str], wanted: Sequence[str]) -> Iterator[Indices]:

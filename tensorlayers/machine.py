@@ -75,6 +75,20 @@ class Machine:
         seconds: float = product_seconds(batch, m, k, n, self.rate(dtype), self.half)
         return seconds
 
+    def alone(self, batch: int, m: int, k: int, n: int, dtype: str, itemsize: int) -> float:
+        """Seconds of `product` by itself: what it reads and writes, and the launch, among them."""
+        size = batch * (m * k + k * n + m * n) * itemsize
+        return self.product(batch, m, k, n, dtype) + size / self.bandwidth(size) + self.launch
+
+    def bandwidth(self, size: int) -> float:
+        """Bytes/s at which so many bytes are written and read again."""
+        return self.cached if size <= self.cache else self.memory
+
+    def copy(self, size: int) -> float:
+        """Seconds that a copy of this many bytes into another order takes, beside the launch."""
+        waiting = 2 * size / self.memory if size > self.cache else 0.0
+        return 2 * size / self.permuted + waiting
+
     def constants(self) -> dict[str, float]:
         """All numbers but the threads, by name: "flops.float32", ..., "half.m", ..., "memory", ..., "conv.rate", ..."""
         found = {}

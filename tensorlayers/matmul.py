@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from . import adjoint, codegen, contraction
+from . import codegen
+from .group import apart, product
 from .precision import at_least_single
-from .program import Group, Program, Step
+from .program import Program, Step
 
 _CHUNK = 256
 """Rows at a time, of a program for all, whose results are to be added to others."""
@@ -21,7 +22,7 @@ _CHUNK = 256
 
 def _prepared(program: Program, cores: Sequence[Tensor]) -> list[Tensor]:
     """The core of each step as a stack of matrices."""
-    return [_as_matrices(step, _merged(step.group, cores)) for step in program.steps]
+    return [_as_matrices(step, product(step.group, cores)) for step in program.steps]
 
 
 def _as_matrices(step: Step, core: Tensor) -> Tensor:
@@ -29,12 +30,6 @@ def _as_matrices(step: Step, core: Tensor) -> Tensor:
         core = core.permute(step.core_order)
     core = core.reshape(step.core_shape)
     return core.mT if step.core_transposed else core
-
-
-def _merged(group: Group, cores: Sequence[Tensor]) -> Tensor:
-    if group.merge is None:
-        return cores[group.cores[0]]
-    return contraction.execute(group.merge, [cores[k] for k in group.cores])
 
 
 def _matrices(step: Step, rows: Tensor) -> Tensor:
@@ -267,15 +262,6 @@ def _core_gradients(
     step: Step, total: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]
 ) -> Iterator[tuple[int, Tensor]]:
     """The gradients of the cores of a group, from that of their product as `_add` leaves it."""
-    group = step.group
     if step.core_order:
-        total = _unordered(total, group.sizes, step.core_order)
-    total = total.reshape(group.sizes)
-    if group.merge is None:
-        yield group.cores[0], total.contiguous()
-        return
-    wanted = [needs[1 + k] for k in group.cores]
-    found = adjoint.gradients(group.merge, [cores[k] for k in group.cores], total, wanted)
-    for k, gradient in zip(group.cores, found, strict=True):
-        if gradient is not None:
-            yield k, gradient.contiguous()
+        total = _unordered(total, step.group.sizes, step.core_order)
+    yield from apart(step.group, total.reshape(step.group.sizes), cores, needs[1:])

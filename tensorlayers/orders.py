@@ -9,6 +9,7 @@ from functools import cache, lru_cache
 from . import contraction
 from .contraction import BATCH
 from .cost import pair_cost, volume
+from .group import Group
 from .machine import Machine
 from .network import Network
 from .program import Task
@@ -71,6 +72,11 @@ class Orders:
         """How these cores are multiplied with each other."""
         return contraction.plan(tuple(self.network.cores[k] for k in sorted(group)), result, self.network.sizes)
 
+    def group(self, members: frozenset[int], indices: tuple[str, ...]) -> Group:
+        """These cores, with the axes of their product in this order."""
+        sizes = tuple(self.size[index] for index in indices)
+        return Group(tuple(sorted(members)), sizes, None if len(members) == 1 else self.merge(members, indices))
+
     def _merging(self, group: frozenset[int], result: tuple[str, ...]) -> float:
         """Seconds to multiply cores with each other, and for their gradients; 0 for a single one."""
         if len(group) == 1:
@@ -81,8 +87,11 @@ class Orders:
         for step, cost in zip(plan.steps, costs, strict=True):
             once = cost.flops / self.machine.rate(self.task.dtype)
             moved = cost.bytes(self.task.itemsize)
-            once += moved / (self.machine.cached if moved <= self.machine.cache else self.machine.memory)
+            once += moved / self.machine.bandwidth(moved)
             once += (1 if step.is_product else 3) * self.machine.launch
+            if step.natural != step.result:  # the result is copied, and its gradient
+                size = volume(step.result, self.size) * self.task.itemsize
+                seconds += (1 + int(self.task.cores)) * (self.machine.copy(size) + self.machine.launch)
             # For the gradients of both operands, and all but the last are computed again.
             passes = 1 + (2 + int(step is not plan.steps[-1]) if self.task.cores else 0)
             seconds += passes * once

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .contraction import Plan
 from .cost import Cost
+from .group import Group
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,6 @@ class Task:
     def forward(self) -> bool:
         """Whether the result itself is wanted."""
         return not (self.x or self.cores)
-
-
-@dataclass(frozen=True)
-class Group:
-    """The cores that meet the rows together: one, or several that are multiplied first.
-
-    Parameters
-    ----------
-    cores : tuple of int
-    sizes : tuple of int
-        The shape of their product.
-    merge : Plan or None
-        How they are multiplied, where they are several.
-    """
-
-    cores: tuple[int, ...]
-    sizes: tuple[int, ...]
-    merge: Plan | None = None
 
 
 @dataclass(frozen=True)

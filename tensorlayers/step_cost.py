@@ -187,7 +187,7 @@ class StepCosts:
             of_taken -= 1 if forward else self.task.x + products.core
         if products.last and (*way.batch, *way.result[0], *way.result[1]) == self.of.leaving:
             of_left -= 1
-        seconds += of_taken * taken / self._bandwidth(taken) + of_left * left / self._bandwidth(left)
+        seconds += of_taken * taken / self.machine.bandwidth(taken) + of_left * left / self.machine.bandwidth(left)
         seconds += (read + 2 * products.core) * weight / self.machine.cached  # for each chunk
         seconds += launches * self.machine.launch
         moved = uses * (taken + left) + 2 * products.core * weight
@@ -198,7 +198,7 @@ class StepCosts:
         h, a, r, s, n, taken, left = sizes
         apart = self._product(way, h * a, s, r, n)
         each = h * a * s * n * self.task.itemsize
-        apart += 2 * each / self._bandwidth(each)
+        apart += 2 * each / self.machine.bandwidth(each)
         joined = self._product(way, h, s, r * a, n)
         joined += self.copy(taken) + self.copy(left)
         return min(apart, joined), apart <= joined
@@ -207,14 +207,9 @@ class StepCosts:
         """Seconds of (m, k) by (k, n) products where the core stands on the right; on the left all is transposed."""
         return self.slowed * self.machine.product(batch, *((n, k, m) if way.left else (m, k, n)), self.task.dtype)
 
-    def _bandwidth(self, size: int) -> float:
-        """Bytes/s at which an intermediate of so many bytes is written and read again."""
-        return self.machine.cached if size <= self.machine.cache else self.machine.memory
-
     def copy(self, size: int) -> float:
         """Seconds that a copy of this many bytes into another order takes."""
-        waiting = 2 * size / self.machine.memory if size > self.machine.cache else 0.0
-        return 2 * size / self.machine.permuted + waiting
+        return self.machine.copy(size)
 
     def bytes(self, layout: Indices) -> int:
         return volume(layout, self.size) * self.task.itemsize
@@ -245,7 +240,7 @@ class StepCosts:
         entering, leaving = (volume(indices, of.size) * task.itemsize for indices in (of.entering, of.leaving))
         # For gradients: dy, and of the rows and of their gradient what is asked for.
         passed = leaving + entering * (1 if task.forward else task.cores + task.x)
-        return passed / self._bandwidth(passed)
+        return passed / self.machine.bandwidth(passed)
 
     def core_of(self, way: Way) -> Core:
         return self.core(way.group, way.left, way.shared, way.summed, way.brought)

@@ -46,6 +46,7 @@ ORDER = [
     {"formats"},
     {"fit"},
     {"decompose", "rank", "rounding", "tensorize"},
+    {"group"},
     {"adjoint", "chain"},
     {"backend"},
     {"contraction", "precision"},

@@ -49,7 +49,7 @@ class TestPlan:
         wide = (Axis("out", 256), Axis("in", 256), *self.AXES[2:])
         steps = self.plan(Tucker((256, 256)), axes=wide, positions=65536).steps
         assert len(steps) == 1
-        assert steps[0].cores == (0, 1, 2)
+        assert steps[0].group.cores == (0, 1, 2)
 
     def test_a_stride_is_taken_as_early_as_it_can(self):
         one, two = (self.plan(LowRank(16, split="spatial"), stride) for stride in [(1, 1), (2, 2)])
@@ -65,7 +65,7 @@ class TestPlan:
         network = Tucker(2, in_modes=(2,) * 6, out_modes=(2,) * 6).resolve(axes)[0]
         assert len(network.cores) == 13
         plan = convolution.conv_plan(network, (3,), (1,), (), False, 256)
-        assert sorted(core for step in plan.steps for core in step.cores) == list(range(13))
+        assert sorted(core for step in plan.steps for core in step.group.cores) == list(range(13))
 
     def test_no_more_macs_than_dense_and_than_the_chain(self):
         for format in VARIANTS:

@@ -1,13 +1,11 @@
 """The lookup kernels without a GPU: what they are found for, and when they pay.
 
-They are interpreted in a process of their own, and compiled ahead of time for sm_90.
+They are interpreted in a process of their own.
 """
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,9 +14,8 @@ from tensorlayers import FactorizedEmbedding, gather, launch
 from tensorlayers.errors import KernelError
 from tensorlayers.formats import BTT, CP, TT, Format, LowRank, Tucker
 from tensorlayers.kernels import lookup, lookup_gradients
-from tensorlayers.kernels.lookup import Shape, Site, Tiles, sites, tiles, train
+from tensorlayers.kernels.lookup import Shape, Site, sites, tiles, train
 from tensorlayers.network import Mode, Network
-from tests.kernels.aot import check, compiled
 from tests.kernels.process import passes
 
 
@@ -161,67 +158,6 @@ def test_dtypes_are_refused() -> None:
         lookup.run(ids, [a.bfloat16(), b.bfloat16()], chain, 6)
     with pytest.raises(KernelError, match="one dtype"):
         lookup_gradients.run(grad.half(), ids, [a, b], chain, [True, True])
-
-
-# -- the kernels ------------------------------------------------------------------------------------------------------
-
-KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
-    "rows": (lookup.rows_kernel, "lookup", {}),
-    "gradient of an end": (lookup_gradients.sums_kernel, "lookup_gradients", {"GIVEN": "left"}),
-    "gradient of a middle": (lookup_gradients.sums_kernel, "lookup_gradients", {"GIVEN": "middle"}),
-}
-ONES = {  # the strides that are 1 where the cores and the rows are contiguous
-    "rows": {"left_p", "middle_q", "right_n", "columns_n", "out_column"},
-    "gradient of an end": {"left_p", "middle_p", "right_q", "step"},
-    "gradient of a middle": {"left_m", "middle_q", "right_q", "step"},
-}
-SIZES = {"large": Shape(200, 8, 200, 200, 200, True), "pairs": Shape(200, 1, 200, 1, 200, False),
-         "small": Shape(8, 8, 12, 12, 16, True)}  # fmt: skip
-POINTERS = {"left": "", "middle": "", "right": "", "out": "", "sums": "*fp32", "ids": "*i64", "order": "*i64",
-            "starts": "*i64"}  # fmt: skip
-CASES = [
-    *itertools.product(["bfloat16"], ["aligned", "any strides"], SIZES),
-    ("float16", "ragged", "large"),
-    ("tf32", "any strides", "large"),
-    ("float32", "ragged", "small"),
-]
-
-
-def constants(name: str, of: Shape, to: Tiles, dtype: str, layout: str) -> dict[str, Any]:
-    """As a launch gives them; rows are cut unless all is aligned."""
-    kernel, _, found = KERNELS[name]
-    found = found | dict(zip("MNPQ", to, strict=False)) | {"WHOLE": to.whole, "CHAINED": of.chained}
-    found |= {"CUT": layout != "aligned", "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
-    return {key: value for key, value in found.items() if key in kernel.arg_names}
-
-
-@pytest.mark.parametrize(("dtype", "layout", "size"), CASES)
-@pytest.mark.parametrize("name", KERNELS)
-def test_kernels_compile_within_the_chip(name: str, dtype: str, layout: str, size: str, tmp_path: Path) -> None:
-    kernel, entry, _ = KERNELS[name]
-    of, elements = SIZES[size], "half" if dtype.endswith("16") else dtype
-    if name == "gradient of a middle" and not of.chained:
-        return
-    to = tiles(of, lookup.configuration(entry, elements, launch.shipped("sm_90")), layout == "aligned")
-    given = constants(name, of, to, dtype, layout)
-    if layout != "any strides":
-        given |= dict.fromkeys(ONES[name], 1)
-    pointers = {argument: kind for argument, kind in POINTERS.items() if argument in kernel.arg_names}
-    multiples = set(pointers)
-    if layout == "aligned":
-        sizes = {argument for argument in kernel.arg_names if "_" in argument or argument in {*"mnpq", "width"}}
-        multiples |= {argument for argument in sizes if not argument.endswith(("divisor", "values", "share"))}
-    options = {"num_warps": to.warps, "num_stages": to.stages, "maxnreg": 255}
-    made = compiled(kernel, dtype, pointers, given, multiples - set(given), **options)
-    check(made, dtype if to.m >= 64 else "float32", tmp_path)  # smaller tiles are not for a warpgroup
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_finish_compiles(dtype: str, tmp_path: Path) -> None:
-    kernel = lookup_gradients.finish_kernel
-    pointers = {"sums": "*fp32", "starts": "*i64", "out": ""}
-    given = {"PARTS": lookup_gradients._PARTS, "SIZE": lookup_gradients._FINISHED, "out_n": 1}
-    check(compiled(kernel, dtype, pointers, given, pointers, num_warps=4, num_stages=3), "float32", tmp_path)
 
 
 def test_interpreter_parity(pytestconfig: pytest.Config, tmp_path: Path) -> None:
