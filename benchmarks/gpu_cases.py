@@ -7,12 +7,18 @@ checkpoints import.
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+if "--dry" in sys.argv:  # before Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +36,12 @@ from tensorlayers.network import Network, linear_modes  # noqa: E402
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # relative RMS error
 Modes = tuple[int, ...]
 Record = dict[str, Any]
-device = "cuda"
-"""What is measured; the CPU where all is tried in the interpreter."""
+is_dry = "--dry" in sys.argv
+"""Whether all is tried in the interpreter, of small sizes."""
+device = "cpu" if is_dry else "cuda"
+dtype = torch.float16 if is_dry else torch.bfloat16
+"""What is timed."""
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def _sizes(**sizes: int) -> tuple[tuple[str, int], ...]:
@@ -180,3 +190,15 @@ def exists(layer: Layer, name: str) -> bool:
         if not any(option.name == name and option.candidate for option in listed):
             return False
     return True
+
+
+def mapped(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """The results of a function of one module of these, in processes of their own: kernels are compiled in parallel.
+
+    What they compile lies in Triton's cache, where this process finds it.
+    """
+    workers = 1 if is_dry else min(12, (os.cpu_count() or 2) - 1)
+    if workers < 2:
+        return list(map(function, items))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(function, items))

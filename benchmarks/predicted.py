@@ -1,16 +1,36 @@
 """What is predicted for a GPU: dense's time over that of a tensor train, by the shipped constants. No GPU is needed.
 
-python benchmarks/predicted.py
+    python benchmarks/predicted.py
+
+Beside it stands what benchmarks/gpu.py measured, once it has: forward (training).
 """
 
 from __future__ import annotations
 
-from common import ROOT as _ROOT  # noqa: F401  (finds the package)
+import json
+from pathlib import Path
+from typing import Any
+
+from common import ROOT
 
 from tensorlayers import TT, decision, machine
 from tensorlayers.network import linear_axes
 
 ROWS, DTYPE = 4096, "bfloat16"
+MEASURED = ROOT / "benchmarks" / "gpu.json"
+
+
+def measured(name: str, rank: int, path: Path = MEASURED) -> str:
+    """The ratios of a layer in the report of a GPU."""
+    if not path.exists():
+        return "not yet"
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for record in report["trains"]:
+        found = record["None"]
+        if (record["layer"], record["rank"], record["rows"]) == (name, rank, ROWS) and "refused" not in found:
+            ratios = (record["dense"][what]["device_us"] / found[what]["device_us"] for what in ("forward", "training"))
+            return "{:.2f} ({:.2f})".format(*ratios)
+    return "not yet"
 
 
 def main() -> None:
@@ -21,11 +41,10 @@ def main() -> None:
             network, _ = TT(rank).resolve(linear_axes(features, columns))
             dense = decision.dense_seconds(features, columns, ROWS, on, dtype=DTYPE)
             both = decision.dense_seconds(features, columns, ROWS, on, x=True, weight=True, dtype=DTYPE)
-            forward = decision.predicted(network, decision.planned_task(ROWS, on, DTYPE), on)
-            training = decision.training_seconds(network, ROWS, on, DTYPE)
-            print(
-                f"| {columns} -> {features}, `TT({rank})` | {dense / forward:.2f} | {both / training:.2f} | not yet |"
-            )
+            forward = dense / decision.predicted(network, decision.planned_task(ROWS, on, DTYPE), on)
+            training = both / decision.training_seconds(network, ROWS, on, DTYPE)
+            found = measured(f"{columns}->{features}", rank)
+            print(f"| {columns} -> {features}, `TT({rank})` | {forward:.2f} | {training:.2f} | {found} |")
 
 
 if __name__ == "__main__":

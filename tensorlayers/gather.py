@@ -134,7 +134,7 @@ def rows(
 ) -> Tensor:  # (n, width)
     """Rows of a factorized table, by operations that torch can differentiate, trace, export and batch.
 
-    Where torch.compile traces, by the Triton kernel if `fused` chooses it.
+    Where torch.compile traces, or a CUDA graph is captured, by the Triton kernel if `fused` chooses it.
 
     Parameters
     ----------
@@ -151,13 +151,21 @@ def rows(
     Tensor
         The dtype of the cores.
     """
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and fused(network, cores) is not None:
+    if _is_recorded(ids) and fused(network, cores) is not None:
         recompute: Any = RecomputedRows.apply
         found: Tensor = recompute(ids, network, network.features("out") if width is None else width, *cores)
         return found
     plan = lookup_plan(network, contraction.batch_class(ids.shape[0]))
     table = contraction.execute(plan, _Lookup(ids, network, cores).gathered())
     return table.reshape(ids.shape[0], network.features("out"))[:, :width]
+
+
+def _is_recorded(ids: Tensor) -> bool:
+    """Whether torch.compile, or a CUDA graph, takes down what is to be repeated here."""
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    is_transformed = torch._C._are_functorch_transforms_active()
+    return ids.is_cuda and not is_transformed and torch.cuda.is_current_stream_capturing()
 
 
 class _Lookup:

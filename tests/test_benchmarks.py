@@ -1,7 +1,10 @@
 """What the benchmarks count and search for; no time is asserted here."""
 
 import importlib
+import json
 import math
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from tensorlayers import TT, FactorizedLinear, LowRank, formats
+from tensorlayers import TT, FactorizedLinear, LowRank, formats, launch, machine
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 MODULES = ("timing", "memory", "compare", "report", "cases", "layers", "peers", "convs", "models", "scaling", "run")
+GPU = ("gpu_cases", "gpu_timing", "gpu_layers", "gpu_sections", "gpu_verdict", "predicted")
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +26,10 @@ def benchmarks():
     before = set(sys.modules), list(sys.path)
     sys.path.insert(0, str(FOLDER))
     try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES + GPU})
     finally:
         sys.path[:] = before[1]
-        for name in MODULES:
+        for name in MODULES + GPU:
             if name not in before[0]:
                 del sys.modules[name]
 
@@ -161,3 +165,75 @@ def test_a_model_of_which_little_is_converted_has_no_target(benchmarks, pattern,
     assert ("convert_model" in candidate.facts) is not is_aimed
     if not is_aimed:
         assert candidate.facts["convert_model"].startswith("converts 1 of the 3 layers asked for (1 without")
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def timed(forward, training, **more):
+    return {"forward": {"device_us": forward}, "training": {"device_us": training}, "saved_bytes": 64} | more
+
+
+def gpu_report(**changes):
+    """Of one layer, which is twice as fast as dense, at half the rate of the GEMM."""
+    rate = {"chosen": {"forward": {"tflop_per_s": 350.0}}}
+    train = {"layer": "4096->4096", "rank": 8, "rows": 4096, "rebuild_share": 0.01, "dense": timed(200.0, 600.0)}
+    train |= {"converted": {"forward": True, "training": True}, "fused": timed(100.0, 300.0, **rate)}
+    train |= {"None": timed(100.0, 300.0)} | changes
+    gemms = [{"dtype": f"torch.{dtype}", "tflop_per_s": 700.0} for dtype in ("bfloat16", "float32")]
+    roof = {"gemms": gemms, "copy_bytes_per_s": 4e12, "launch_s": 2e-6}
+    empty = {name: [] for name in ("parity", "reruns", "formats", "others", "peers", "lookups", "mlps")}
+    return {"trains": [train], "roofline": roof, **empty}
+
+
+def test_targets_on_a_gpu(benchmarks):
+    found = benchmarks.gpu_verdict.targets(gpu_report())
+    assert {one["target"]: (one["least"], one["measured"]) for one in found} == {
+        "4096->4096, TT(8), 4096 rows, forward": (1.9, 2.0),
+        "4096->4096, TT(8), 4096 rows, training": (1.5, 2.0),
+        "4096->4096, TT(8), 4096 rows, share of the GEMM rate": (0.5, 0.5),
+        **{
+            f"trains: layer 4096->4096, rank 8, rows 4096, rebuild_share 0.01, {what}, {why}": (least, 2.0)
+            for what in ("forward", "training")
+            for why, least in (("a cheap rebuild", 1 / 1.15), ("converted by plans", 1.0))
+        },
+        "trains: layer 4096->4096, rank 8, rows 4096, rebuild_share 0.01, bytes saved, dense / factorized": (1.0, 1.0),
+    }
+    assert all(one["passed"] for one in found)
+    slow = benchmarks.gpu_verdict.targets(gpu_report(**{"None": timed(250.0, 300.0, saved_bytes=65)}))
+    missed = [one["target"] for one in slow if not one["passed"]]
+    assert len(missed) == 4
+    assert sum("bytes saved" in name for name in missed) == 1
+    refused = benchmarks.gpu_verdict.targets(gpu_report(**{"None": {"refused": "parity failed, so it is not timed"}}))
+    assert sum(not one["passed"] for one in refused) == 7
+
+
+def test_what_a_gpu_measured_is_adopted(benchmarks, tmp_path):
+    for folder in ("machines", "launches"):
+        shutil.copytree(FOLDER.parent / "tensorlayers" / folder, tmp_path / folder)
+    report = gpu_report()
+    found = {**benchmarks.gpu_verdict.constants(report), "arch": "sm_90"}
+    on, table = (tmp_path / "machines" / "cuda.json"), (tmp_path / "launches" / "sm_90.json")
+    assert benchmarks.gpu_verdict.adopt({"constants": found}, tmp_path) == [on, table]
+    made, before = launch.read(table), launch.shipped("sm_90")
+    assert (made.rates["half"], made.memory, made.launch) == (350e12, 4e12, 2e-6)
+    assert (made.rows, made.kernels, made.rates["tf32"]) == (before.rows, before.kernels, before.rates["tf32"])
+    assert machine.read(on).flops["bfloat16"] == 700e12
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(report))
+    assert benchmarks.predicted.measured("4096->4096", 8, path) == "2.00 (2.00)"
+    assert benchmarks.predicted.measured("4096->4096", 16, path) == "not yet"
+
+
+def test_the_benchmark_of_a_gpu_runs_in_the_interpreter(tmp_path):
+    file = tmp_path / "gpu.json"
+    command = [sys.executable, str(FOLDER / "gpu.py"), "--dry", "--out", str(file)]
+    child = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert child.returncode == 0, child.stdout
+    report = json.loads(file.read_text())
+    assert all(record["passed"] for record in (*report["parity"], *report["reruns"]))
+    assert {record["kernel"] for record in report["parity"]} == {"fused", "fused_rebuild", "fused_khatri_rao"}
+    assert report["lookups"][0]["parity"]["passed"]
+    assert report["mlps"][0]["parity"]["passed"]
+    assert report["targets"]
+    assert all(one["passed"] for one in report["targets"])  # bytes saved are those of dense

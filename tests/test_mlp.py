@@ -147,6 +147,22 @@ def test_autocast_and_dropout_are_followed_again():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+def test_what_layers_draw_is_drawn_again():
+    up, down = nn.Sequential(nn.Linear(16, 64), nn.Dropout(0.5)), nn.Linear(64, 16)
+    hooked = nn.Linear(16, 64)
+    hooked.register_forward_hook(lambda module, args, output: F.dropout(output, 0.5))
+    x = torch.randn(8, 16)
+    for first in (up, hooked):
+        mlp = tl.FactorizedMLP.from_layers(first, down)
+        found = []
+        for forward in (mlp, mlp._plain):
+            torch.manual_seed(1)
+            found.append(torch.autograd.grad(forward(x).square().sum(), list(mlp.parameters())))
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other)
+    assert not tl.FactorizedMLP(16, 64)._may_draw()  # whose forward a CUDA graph can capture
+
+
 def test_of_layers_that_there_are():
     up, down = nn.Linear(8, 12), tl.FactorizedLinear(12, 8)
     mlp = tl.FactorizedMLP.from_layers(up, down, activation="relu")

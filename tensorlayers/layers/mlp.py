@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
 from .. import autograd
@@ -131,10 +132,23 @@ class FactorizedMLP(nn.Module):
             return self._down(self._activated(input))
         if autograd.is_jit_traced() or (autograd.is_traced() and not torch.compiler.is_compiling()):
             return self._plain(input)  # torch.func has no checkpoints
-        y: Tensor = checkpoint(
-            self._plain if torch.compiler.is_compiling() else self._once(), input, use_reentrant=False
-        )
+        if torch.compiler.is_compiling():
+            y: Tensor = checkpoint(self._plain, input, use_reentrant=False)
+        else:
+            # The state of the generators cannot be read while a CUDA graph is captured, and takes time otherwise.
+            y = checkpoint(self._once(), input, use_reentrant=False, preserve_rng_state=self._may_draw())
         return y
+
+    def _may_draw(self) -> bool:
+        """Whether a forward may draw random numbers, so that a recomputation has to draw them again."""
+        layers = [layer for layer in (self.up, self.gate, self.down) if layer is not None]
+        return any(
+            not isinstance(layer, (nn.Linear, FactorizedLinear))
+            or _is_hooked(layer)
+            or is_parametrized(layer)
+            or (layer.training and bool(getattr(layer, "rank_dropout", 0.0)))
+            for layer in layers
+        )
 
     def _plain(self, input: Tensor) -> Tensor:
         return self._down(self._between(*self._before(input)))

@@ -1,0 +1,255 @@
+"""What is measured on a GPU, section by section: parity, reruns, what the machine reaches, times beside dense."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import gpu_cases as cases
+import torch
+from gpu_cases import TOLERANCE, Layer, Modes, Record, blocks, train, tucker, with_parameters
+from gpu_layers import lookups, mlps
+from gpu_timing import both, dense_times, filled_with_nan, timed, way_times
+from torch import nn
+
+from tensorlayers import contraction, decision
+from tensorlayers.network import Network
+
+LAYERS: dict[str, tuple[Modes, Modes]] = {
+    "4096->4096": ((64, 64), (64, 64)),
+    "768->3072": ((48, 64), (24, 32)),
+    "1024->4096": ((64, 64), (32, 32)),
+}
+"""Modes out and in."""
+RANKS = (4, 8, 12, 16)
+SMALL: Modes = (4, 4)
+RAGGED: tuple[tuple[Modes, Modes, int, int], ...] = (  # modes out, modes in, rank, rows
+    ((11, 3), (5, 7), 3, 13), ((1, 1), (1, 1), 1, 1), ((1, 37), (41, 1), 5, 7), ((67, 131), (66, 127), 3, 257),
+    ((70, 5), (131, 133), 2, 9), ((24, 32), (48, 64), 8, 4097),
+)  # fmt: skip
+TRAIN3 = "TT, order 3"
+FORMATS = {name: cases.FORMATS[name] for name in (("TT", "CP") if cases.is_dry else cases.FORMATS)}
+
+
+# -- parity -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and rows of a dtype, with what to call it."""
+
+    labels: Record
+    network: Network
+    rows: int
+    dtype: torch.dtype
+
+    @property
+    def layer(self) -> Layer:
+        """With values."""
+        return Layer(self.network, self.rows, self.dtype)
+
+
+def parity_of(case: Case) -> list[Record]:
+    """The result and every gradient of every kernel, against float64."""
+    records = []
+    try:
+        layer = case.layer
+        exact = layer.exact()
+        for name in decision.KERNELS:
+            if cases.exists(layer, name):
+                with filled_with_nan():
+                    found = cases.errors(cases.results(cases.way(layer, name), layer), exact)
+                record = {**case.labels, "kernel": name, "errors": found}
+                records.append(record | {"passed": max(found) <= TOLERANCE[case.dtype]})
+    except Exception as error:
+        records.append({**case.labels, "error": f"{type(error).__name__}: {error}", "passed": False})
+    return records
+
+
+def parity() -> list[Record]:
+    """Of every kernel, format and dtype, at ragged shapes."""
+    made = []
+    for dtype in (torch.float32,) if cases.is_dry else TOLERANCE:
+        for format, make in {**FORMATS, TRAIN3: train}.items():
+            for out_modes, in_modes, rank, rows in RAGGED[:1] if cases.is_dry else RAGGED:
+                if format == TRAIN3:
+                    out_modes, in_modes = (*out_modes, 3), (*in_modes, 2)
+                labels = {"dtype": str(dtype), "format": format, "rows": rows, "rank": rank}
+                labels |= {"out": out_modes, "in": in_modes}
+                made.append(Case(labels, make(out_modes, in_modes, rank), rows, dtype))
+    return [record for records in cases.mapped(parity_of, made) for record in records]
+
+
+def reruns(times: int = 20) -> list[Record]:
+    """Whether the result and each gradient are the same bits in every run."""
+    records = []
+    for format, make in FORMATS.items():
+        if cases.is_dry:
+            layer, times = Layer(make(SMALL, SMALL, 3), 4, cases.dtype), 1
+        else:
+            layer = Layer(make((64, 64), (64, 64), 8), 4096, cases.dtype)
+        for name in decision.KERNELS:
+            if not cases.exists(layer, name):
+                continue
+            run = cases.way(layer, name)
+            first = cases.results(run, layer)
+            same = [True] * len(first)
+            for _ in range(times):
+                again = cases.results(run, layer)
+                same = [s and torch.equal(a, b) for s, a, b in zip(same, first, again, strict=True)]
+            records.append({"format": format, "kernel": name, "passed": all(same)})
+    return records
+
+
+def roofline() -> Record:
+    """What the machine reaches: GEMMs, a copy, small kernels one after another."""
+    if cases.is_dry:
+        gemms = [{"dtype": str(dtype), "tflop_per_s": 1.0} for dtype in (torch.bfloat16, torch.float32, cases.dtype)]
+        return {"gemms": gemms, "copy_bytes_per_s": 1e12, "launch_s": 3e-6}
+    gemms = []
+    for dtype in (cases.dtype, torch.float32):
+        for m, n, k in ((1024,) * 3, (4096,) * 3, (8192,) * 3, (4096, 3072, 768), (1, 4096, 4096), (16, 4096, 4096)):
+            a, b = (torch.randn(shape, device=cases.device, dtype=dtype) for shape in ((m, k), (k, n)))
+            found = timed(partial(torch.matmul, a, b))
+            sizes = {"dtype": str(dtype), "m": m, "n": n, "k": k}
+            gemms.append(sizes | found | {"tflop_per_s": 2 * m * n * k / found["device_us"] / 1e6})
+    source, target = (torch.empty(2**30, dtype=torch.uint8, device=cases.device).random_() for _ in range(2))
+    copy = timed(lambda: target.copy_(source))
+    one = torch.zeros(1, device=cases.device)
+    hundred = timed(lambda: [one.add_(1.0) for _ in range(100)])
+    return {
+        "gemms": gemms,
+        "copy_bytes_per_s": 2 * source.numel() / copy["device_us"] * 1e6,
+        "launch_s": hundred["device_us"] / 100 * 1e-6,
+    }
+
+
+# -- times of products ------------------------------------------------------------------------------------------------
+
+ALL = (*decision.KERNELS, "contraction", "rebuild", None)
+"""Ways; None: the one that is decided for."""
+
+
+def compiled_by(case: Case) -> None:
+    """Let Triton compile what a case launches."""
+    layer = case.layer
+    for name in (*decision.KERNELS, None):
+        if name is None or cases.exists(layer, name):
+            cases.results(cases.way(layer, name), layer)
+
+
+def measured(made: Sequence[Case], ways: Sequence[str | None]) -> list[Record]:
+    """The times of cases, by some ways; with what plans say of each layer, and the rebuild's share of the FLOPs."""
+    if not cases.is_dry:
+        cases.mapped(compiled_by, made)
+    records = []
+    for case in made:
+        layer = case.layer
+        record: Record = {**case.labels, "rows": case.rows, "dense": dense_times(layer)}
+        record["rebuild_share"] = contraction.dense_plan(case.network).flops / (2 * layer.macs)
+        record["converted"] = converted(layer)
+        records.append(record | {str(way): way_times(layer, way) for way in ways})
+    return records
+
+
+def converted(layer: Layer) -> Record:
+    """Whether plans replace the dense layer, which they do where it is predicted to be faster."""
+    on, outs, ins = decision.machine_of(layer.x), *(layer.network.features(role) for role in ("out", "in"))
+    kind = str(layer.dtype).removeprefix("torch.")
+    found = {}
+    for direction, gradients in (("forward", False), ("training", True)):
+        dense = decision.dense_seconds(outs, ins, layer.rows, on, x=gradients, weight=gradients, dtype=kind)
+        seconds = decision.cautious_seconds(layer.network, layer.rows, on, training=gradients, dtype=kind)
+        found[direction] = seconds < dense
+    return found
+
+
+def trains() -> list[Record]:
+    """Tensor trains of two cores."""
+    made = []
+    for name, modes in LAYERS.items():
+        for rows in (8,) if cases.is_dry else (1024, 4096):
+            for rank in RANKS[:1] if cases.is_dry else RANKS:
+                network = train(*((SMALL, SMALL) if cases.is_dry else modes), rank)
+                made.append(Case({"layer": name, "rank": rank}, network, rows, cases.dtype))
+    return measured(made[:1] if cases.is_dry else made, ("fused", "fused_rebuild", "contraction", "rebuild", None))
+
+
+def formats() -> list[Record]:
+    """Every format at a tenth of the parameters, from single rows to batches."""
+    out_modes, in_modes = (SMALL, SMALL) if cases.is_dry else LAYERS["4096->4096"]
+    share = (0.5 if cases.is_dry else 0.1) * math.prod(out_modes) * math.prod(in_modes)
+    made = []
+    for format in FORMATS:
+        network = with_parameters(format, out_modes, in_modes, share)
+        for rows in (2,) if cases.is_dry else (1, 4, 16, 256, 4096):
+            made.append(Case({"format": format, "ranks": network.ranks}, network, rows, cases.dtype))
+    return measured(made, (*decision.KERNELS, None))
+
+
+def others() -> list[Record]:
+    """Networks of more cores, and blocks."""
+    made = {TRAIN3: train((2, 2, 2), (2, 2, 2), 2)}
+    if not cases.is_dry:
+        made = {
+            TRAIN3: train((16, 16, 16), (16, 16, 16), 8),
+            "Tucker": tucker((64, 64), (64, 64), 32),
+            "BTT, balanced": blocks((64, 64), (64, 64), 3),
+            "BTT, skewed": blocks((512, 8), (8, 512), 25),
+        }
+    rows = 8 if cases.is_dry else 4096
+    return measured([Case({"network": name}, made[name], rows, cases.dtype) for name in made], ("fused", None))
+
+
+def peers() -> list[Record]:
+    """The same product by other means: dense and einsum compiled, tensorly-torch."""
+    records = []
+    for name in ("4096->4096",) if cases.is_dry else ("4096->4096", "768->3072"):
+        modes = (SMALL, SMALL) if cases.is_dry else LAYERS[name]
+        layer = Layer(train(*modes, 8), 8 if cases.is_dry else 4096, cases.dtype)
+        record: Record = {"layer": name, "rows": layer.rows, "rank": 8, "dense": dense_times(layer)}
+        if not cases.is_dry:
+            record["dense, compiled"] = dense_times(layer, compiled=True)
+            run = torch.compile(cases.einsum(layer), dynamic=False)
+            record["einsum, compiled"] = both(run, layer.x, layer.cores, layer.dy)
+        record["fused"] = way_times(layer, "fused")
+        record["tensorly-torch"] = tensorly_torch(layer)
+        records.append(record)
+    return records
+
+
+def tensorly_torch(layer: Layer) -> Record:
+    """The layer of tensorly-torch, with opt_einsum where that is installed."""
+    if importlib.util.find_spec("tltorch") is None:
+        return {"refused": "tensorly-torch is not installed"}
+    import tensorly
+    import tltorch
+
+    tensorly.set_backend("pytorch")
+    if importlib.util.find_spec("opt_einsum") is not None:
+        tensorly.plugins.use_opt_einsum()
+    modes = layer.network.mode_sizes("in"), layer.network.mode_sizes("out")
+    theirs: nn.Module = tltorch.FactorizedLinear(
+        *modes, bias=False, factorization="blocktt", rank=8, device=cases.device, dtype=layer.dtype
+    )
+    parameters = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    return both(lambda x, _: theirs(x), layer.x, parameters, layer.dy)
+
+
+SECTIONS: dict[str, Callable[[], Any]] = {
+    "parity": parity,
+    "reruns": reruns,
+    "roofline": roofline,
+    "trains": trains,
+    "formats": formats,
+    "others": others,
+    "peers": peers,
+    "lookups": lookups,
+    "mlps": mlps,
+}
+TIMED = ("trains", "formats", "others", "peers", "lookups", "mlps")
+"""Those of records that have the times of dense and of other ways."""
