@@ -8,7 +8,6 @@ to bfloat16 and multiplied in float32 instead, and test_chain.py compiles the bf
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -39,11 +38,6 @@ SIZES = {
     "beyond one tile": {"b": 3, "o1": 67, "o2": 65, "i1": 33, "i2": 17, "r": 2},
     "beyond what is held": {"b": 2, "o1": 3, "o2": 5, "i1": 131, "i2": 129, "r": 2},
 }
-
-
-@pytest.fixture(autouse=True)
-def _interpreter() -> None:
-    assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_chain.py, with TRITON_INTERPRET=1"
 
 
 @pytest.fixture(params=["few programs", "as many as there can be"], autouse=True)

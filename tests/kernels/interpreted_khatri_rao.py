@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -31,19 +30,6 @@ SIZES = {
     "beyond what is held": (2, 65, 131, 3),
 }
 PRIMES = SIZES["primes"]
-
-
-@pytest.fixture(autouse=True)
-def _interpreter() -> None:
-    assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_khatri_rao.py, with TRITON_INTERPRET=1"
-
-
-@pytest.fixture(autouse=True)
-def _filled_with_nan() -> Iterator[None]:
-    """What is allocated is NaN before a kernel runs."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["few programs", "as many as there can be"])

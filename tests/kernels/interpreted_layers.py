@@ -6,7 +6,6 @@ Run by test_layers.py in a process of its own, as interpreted_chain.py is.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,11 +37,6 @@ WAYS = {
     "CP": ("fused", "fused_khatri_rao"),
     "LowRank": ("fused",),
 }
-
-
-@pytest.fixture(autouse=True)
-def _interpreter() -> None:
-    assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_layers.py, with TRITON_INTERPRET=1"
 
 
 class _Watched:

@@ -6,22 +6,17 @@ bfloat16, which the interpreter lacks, is rounded to and multiplied in float32.
 
 from __future__ import annotations
 
-import copy
 import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tensorlayers import TT, FactorizedEmbedding, FactorizedEmbeddingBag, LowRank, gather, use_kernels
-from tensorlayers.errors import KernelError
 from tensorlayers.kernels import lookup, lookup_gradients
 from tensorlayers.network import Mode, Network
-from tests.kernels.support import HALF, SINGLE, TOLERANCE, Watch, error, within_nan
+from tests.kernels.support import HALF, SINGLE, TOLERANCE, Watch, agree, error, within_nan
 
 SIDE = {"side": 16, "rank": 16, "warp": 512, "ragged_rank": 16, "ragged_warp": 256, "stages": 1, "ids": 2}
 """The smallest tiles, so that small sizes are beyond one."""
@@ -42,26 +37,10 @@ CASES = [(name, SINGLE) for name in SHAPES]
 CASES += [("two: beyond one tile", HALF), ("two: multiples of 16", HALF), ("three: primes, padded", HALF)]
 
 
-@pytest.fixture(autouse=True)
-def _interpreter() -> Iterator[None]:
-    """What kernels write to is NaN before."""
-    assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_lookup_kernel.py, with TRITON_INTERPRET=1"
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (lookup, lookup_gradients):
         monkeypatch.setattr(module, "configuration", lambda *_: SIDE)
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are looked up by the kernel, in few programs."""
-    monkeypatch.setattr(gather, "kernels", lambda: "only")
-    few_programs(monkeypatch, ids=50, share=20)
 
 
 def few_programs(monkeypatch: pytest.MonkeyPatch, ids: int, share: int, heads: int | None = None) -> None:
@@ -96,11 +75,6 @@ def exact(network: Network, ids: Tensor, cores: Sequence[Tensor], width: int) ->
     wanted = "".join(names[index] for index in (*network.names("in"), *network.names("out")))
     dense = torch.einsum(f"{terms}->{wanted}", *leaves).reshape(network.features("in"), -1)
     return dense[ids.long(), :width], leaves
-
-
-def agree(found: Sequence[Tensor], truths: Sequence[Tensor], dtype: torch.dtype = SINGLE) -> bool:
-    pairs = zip(found, truths, strict=True)
-    return all(error(mine.detach(), truth.detach()) < TOLERANCE[dtype] for mine, truth in pairs)
 
 
 def chain_of(network: Network) -> tuple[int, ...]:
@@ -242,7 +216,8 @@ def test_many_pieces_are_added_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     assert error(found, torch.autograd.grad(rows, leaves[0], grad.double())[0]) < TOLERANCE[SINGLE]
 
 
-def test_an_expanded_gradient_is_read_in_place(kernels: None) -> None:
+def test_an_expanded_gradient_is_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    few_programs(monkeypatch, ids=50, share=20)
     network = table((3, 4), (3, 5), (2,))
     ids, cores = drawn(network, 7, SINGLE)
     grad = torch.randn(7, 1).expand(7, 13)  # the width is cut, and the columns are no steps apart
@@ -257,7 +232,8 @@ def test_an_expanded_gradient_is_read_in_place(kernels: None) -> None:
 @pytest.mark.parametrize(
     ("shape", "count"), [(((2, 2), (3, 2), (2,)), 0), (((2, 1, 2), (2, 1, 3), (2, 2)), 3)], ids=["empty", "three"]
 )
-def test_opcheck(shape: Any, count: int, kernels: None) -> None:
+def test_opcheck(shape: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_programs(monkeypatch, ids=50, share=20)
     network = table(*shape)
     ids = torch.randint(network.features("in"), (count,))
     cores = [torch.randn(shape) for shape in network.core_shapes]
@@ -265,149 +241,3 @@ def test_opcheck(shape: Any, count: int, kernels: None) -> None:
     torch.library.opcheck(lookup.lookup, (ids, cores, chain, 5))
     needs = [k != 1 for k in range(len(cores))]
     torch.library.opcheck(lookup_gradients.lookup_gradients, (torch.randn(count, 5), ids, cores, chain, needs))
-
-
-# -- layers -----------------------------------------------------------------------------------------------------------
-
-LAYERS = {
-    "two": (53, 12, TT(3)),
-    "three": (53, 12, TT(3, order=3)),
-    "two, padded": (50, 19, TT(4, in_modes=(6, 9), out_modes=(4, 5))),
-    "three, padded": (50, 19, TT((2, 3), in_modes=(3, 4, 5), out_modes=(2, 3, 4))),
-}
-
-
-def dense_gradients(layer: FactorizedEmbedding, ids: Tensor, probe: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """What the dense table gives in float64."""
-    wide = copy.deepcopy(layer).double().requires_grad_()
-    truth = F.embedding(ids, wide.to_dense(), wide.padding_idx)
-    return truth, list(torch.autograd.grad(truth, list(wide.cores), probe.double()))
-
-
-@pytest.mark.parametrize(
-    ("name", "which"), [*((name, "repeated") for name in LAYERS), ("two", "Zipf"), ("three, padded", "Zipf")]
-)
-def test_a_layer_gives_what_the_dense_table_does(name: str, which: str, kernels: None) -> None:
-    rows, columns, format = LAYERS[name]
-    layer = FactorizedEmbedding(rows, columns, padding_idx=3, format=format)
-    ids = {
-        "repeated": torch.tensor([[0, 7, 7, rows - 1], [7, 3, 0, rows - 1]]),
-        "Zipf": torch.rand(24).pow(-1.0).clamp(max=rows).long() - 1,
-    }[which]
-    y = layer(ids)
-    probe = torch.randn_like(y)
-    truth, gradients = dense_gradients(layer, ids, probe)
-    found = torch.autograd.grad(y, list(layer.cores), probe)
-    assert agree([y, *found], [truth, *gradients])
-    for mine, theirs in zip(found, gradients, strict=True):
-        assert not mine[(theirs == 0).all(tuple(range(1, mine.dim())))].any()
-
-
-def test_half_precision_and_frozen_cores(kernels: None) -> None:
-    layer = FactorizedEmbedding(53, 12, format=TT(3, order=3), dtype=HALF)
-    layer.cores[1].requires_grad_(False)
-    ids = torch.randint(53, (9,))
-    y = layer(ids)
-    assert y.dtype == HALF
-    y.backward(torch.ones_like(y))
-    assert layer.cores[1].grad is None
-    truth, gradients = dense_gradients(layer, ids, torch.ones_like(y))
-    found = [layer.cores[k].grad for k in (0, 2)]
-    assert {gradient.dtype for gradient in found} == {HALF}
-    assert agree([y, *found], [truth, *gradients[::2]], HALF)
-
-
-@pytest.mark.parametrize("name", ["two", "three"])
-def test_empty_ids_and_bags(name: str, kernels: None) -> None:
-    rows, columns, format = LAYERS[name]
-    layer = FactorizedEmbedding(rows, columns, format=format)
-    y = layer(torch.empty(2, 0, dtype=torch.int64))
-    assert y.shape == (2, 0, columns)
-    for gradient in torch.autograd.grad(y.sum(), list(layer.cores)):
-        assert not gradient.any()
-    bags = FactorizedEmbeddingBag(rows, columns, mode="sum", format=format)
-    ids = torch.tensor([[1, 5], [1, 1]])
-    assert error(bags(ids).detach(), bags.to_dense()[ids].sum(1).detach().double()) < TOLERANCE[SINGLE]
-
-
-def test_the_kernel_runs_where_it_is_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    called = []
-    for module in (lookup, lookup_gradients):
-        original = module.run
-        monkeypatch.setattr(module, "run", lambda *given, run=original: called.append(run) or run(*given))
-    layer = FactorizedEmbedding(53, 12, format=TT(3))
-    for mode, times in (("none", 0), ("auto", 0), ("only", 2)):  # on the CPU
-        monkeypatch.setattr(gather, "kernels", lambda mode=mode: mode)
-        layer(torch.tensor([3])).sum().backward()
-        assert len(called) == times
-    for refused, reason in (
-        (FactorizedEmbedding(53, 12, format=TT(3), dtype=torch.float64), "float64"),
-        (FactorizedEmbedding(53, 12, format=LowRank(3)), "tensor train"),
-    ):
-        with pytest.raises(KernelError, match=f"no Triton kernel supports this lookup.*{reason}"):
-            refused(torch.tensor([3]))
-
-
-@pytest.mark.parametrize("name", ["two", "three, padded"])
-def test_compiled_as_one_graph(name: str, kernels: None) -> None:
-    rows, columns, format = LAYERS[name]
-    layer = FactorizedEmbedding(rows, columns, padding_idx=1, format=format)
-    torch._dynamo.reset()
-    graphs: list[str] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        from functorch.compile import make_boxed_func
-        from torch._dynamo.backends.common import aot_autograd
-
-        def kept(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-            graphs.append(graph.code)
-            return make_boxed_func(graph.forward)
-
-        return aot_autograd(fw_compiler=kept, bw_compiler=kept)(graph, inputs)
-
-    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
-    for count in (3, 8):
-        ids = torch.randint(rows, (count,))
-        y = compiled(ids)
-        probe = torch.randn_like(y)
-        truth, gradients = dense_gradients(layer, ids, probe)
-        assert agree([y, *torch.autograd.grad(y, list(layer.cores), probe)], [truth, *gradients])
-    assert ["ops.tensorlayers.lookup.default" in code for code in graphs] == [True, False]
-    assert ["ops.tensorlayers.lookup_gradients.default" in code for code in graphs] == [False, True]
-
-
-def test_what_it_cannot_do_torchs_operations_do(kernels: None) -> None:
-    """Second derivatives, gradients of many, torch.func and exported graphs."""
-    layer = FactorizedEmbedding(53, 12, format=TT(3))
-    ids, cores = torch.tensor([3, 17, 3]), list(layer.cores)
-
-    def second(y: Tensor) -> tuple[Tensor, ...]:
-        first = torch.autograd.grad(y.square().sum(), cores, create_graph=True)
-        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), cores)
-
-    truth = layer.to_dense()[ids]
-    assert agree(second(layer(ids)), second(truth))
-    probes = torch.randn(2, 3, 12)
-    many = torch.autograd.grad(layer(ids), cores, probes, is_grads_batched=True)
-    for k, probe in enumerate(probes):
-        assert agree([mine[k] for mine in many], torch.autograd.grad(layer.to_dense()[ids], cores, probe))
-    values = dict(layer.named_parameters())
-    jacobian = torch.func.jacrev(lambda given: torch.func.functional_call(layer, given, (ids,)))(values)
-    assert jacobian["cores.0"].shape == (3, 12, *cores[0].shape)
-    exported = torch.export.export(layer, (ids,)).module()
-    assert "tensorlayers" not in str(exported.graph)
-    assert agree([exported(ids)], [truth])
-
-
-def test_the_mode_is_that_of_use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    table, ids = FactorizedEmbedding(50, 12, format=TT(3)), torch.tensor([3, 4, 4, 49])
-    network = table.own_network
-    assert gather.fused(network, list(table.cores)) is None  # on the CPU only where it is demanded
-    with use_kernels("triton"):
-        assert gather.fused(network, list(table.cores)) == lookup.train(network)
-        assert error(table(ids), table.to_dense().double()[ids]) < TOLERANCE[SINGLE]
-        with pytest.raises(KernelError, match="no Triton kernel supports this lookup"):
-            FactorizedEmbedding(50, 12, format=LowRank(3))(ids)
-    with use_kernels("torch"):
-        assert gather.fused(network, list(table.cores)) is None

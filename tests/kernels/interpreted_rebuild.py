@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -48,11 +47,6 @@ SIZES = {
 LARGE = {"m": 64, "n": 64, "k": 32, "warps": 4, "stages": 2}
 SMALL = {"m": 32, "n": 16, "k": 16, "warps": 4, "stages": 2}
 ROWS, MACHINE = 5, shipped("cuda")
-
-
-@pytest.fixture(autouse=True)
-def _interpreter() -> None:
-    assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_rebuild.py, with TRITON_INTERPRET=1"
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ instead, and the bfloat16 kernels are compiled ahead of time.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,12 @@ def error(actual: Tensor, expected: Tensor) -> float:
     """Relative RMS error; NaN anywhere in `actual` gives NaN, which no tolerance admits."""
     assert actual.shape == expected.shape
     return float((actual.double() - expected).norm() / expected.norm())
+
+
+def agree(found: Sequence[Tensor], truths: Sequence[Tensor], dtype: torch.dtype = SINGLE) -> bool:
+    """Whether tensors are what they are to be, within the tolerance of the dtype."""
+    pairs = zip(found, truths, strict=True)
+    return all(error(mine.detach(), truth.detach()) < TOLERANCE[dtype] for mine, truth in pairs)
 
 
 def within_nan(tensor: Tensor) -> tuple[Tensor, Tensor]:

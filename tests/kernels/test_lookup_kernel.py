@@ -160,5 +160,6 @@ def test_dtypes_are_refused() -> None:
         lookup_gradients.run(grad.half(), ids, [a, b], chain, [True, True])
 
 
-def test_interpreter_parity(pytestconfig: pytest.Config, tmp_path: Path) -> None:
-    passes("interpreted_lookup.py", pytestconfig, tmp_path)
+@pytest.mark.parametrize("file", ["interpreted_lookup.py", "interpreted_lookup_layers.py"])
+def test_interpreter_parity(file: str, pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    passes(file, pytestconfig, tmp_path)
