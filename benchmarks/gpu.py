@@ -25,6 +25,7 @@ import torch
 import triton
 from gpu_cases import ROOT, Record
 from gpu_sections import SECTIONS
+from gpu_timing import prepare
 from gpu_verdict import adopt, constants, failures, show, targets
 
 
@@ -51,6 +52,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument("--adopt", type=Path, help="the JSON file whose constants the package is to use")
+    parser.add_argument("--seconds", type=int, default=420, help="no section is begun after these (default: 420)")
     parser.add_argument("--dry", action="store_true", help="in the interpreter, of small sizes")
     given = parser.parse_args()
     if given.adopt:
@@ -61,15 +63,24 @@ def main() -> int:
     if not cases.is_dry and not torch.cuda.is_available():
         print("benchmarks/gpu.py needs a CUDA device, and torch finds none.", file=sys.stderr)
         return 1
-    torch.manual_seed(0)
-    report = about()
+    prepare()
+    report = about() | {"failed": {}} | {name: [] for name in SECTIONS}
+    begun = time.perf_counter()
     for name, measure in SECTIONS.items():
         start = time.perf_counter()
-        report[name] = measure()
+        if start - begun > given.seconds:
+            report["failed"][name] = f"not begun: {given.seconds} s had passed"
+            continue
+        try:
+            report[name] = measure()
+        except Exception as error:
+            report["failed"][name] = f"{type(error).__name__}: {error}"
         report[f"{name}_section_s"] = round(time.perf_counter() - start, 1)
-        given.out.write_text(json.dumps(report, indent=1) + "\n")  # what is measured is kept if a later section fails
+        given.out.write_text(json.dumps(report, indent=1) + "\n")  # kept if a later section takes the process down
         print(f"{name}: {report[f'{name}_section_s']} s", flush=True)
-    report |= {"targets": targets(report), "constants": constants(report)}
+    is_whole = not {"roofline", "trains"} & report["failed"].keys()
+    report["targets"] = targets(report) if is_whole else []
+    report |= {"constants": constants(report)} if is_whole else {}
     given.out.write_text(json.dumps(report, indent=1) + "\n")
     show(report)
     wrong = failures(report)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ import gpu_cases as cases
 import torch
 from gpu_cases import TOLERANCE, Layer, Modes, Record, blocks, train, tucker, with_parameters
 from gpu_layers import lookups, mlps
-from gpu_timing import both, dense_times, filled_with_nan, timed, way_times
+from gpu_timing import both, dense_times, filled_with_nan, right_times, timed, tried, way_times
 from torch import nn
 
 from tensorlayers import contraction, decision
@@ -55,23 +56,39 @@ class Case:
 
 def parity_of(case: Case) -> list[Record]:
     """The result and every gradient of every kernel, against float64."""
-    records = []
-    try:
-        layer = case.layer
-        exact = layer.exact()
-        for name in decision.KERNELS:
-            if cases.exists(layer, name):
-                with filled_with_nan():
-                    found = cases.errors(cases.results(cases.way(layer, name), layer), exact)
-                record = {**case.labels, "kernel": name, "errors": found}
-                records.append(record | {"passed": max(found) <= TOLERANCE[case.dtype]})
-    except Exception as error:
-        records.append({**case.labels, "error": f"{type(error).__name__}: {error}", "passed": False})
+    layer, records = case.layer, []
+    exact = layer.exact()
+    for name in decision.KERNELS:
+        record = {**case.labels, "kernel": name}
+        try:
+            if not cases.exists(layer, name):
+                continue
+            with filled_with_nan():
+                record["errors"] = cases.errors(cases.results(cases.way(layer, name), layer), exact)
+            record["passed"] = max(record["errors"]) <= TOLERANCE[case.dtype]
+        except Exception as error:
+            record |= {"error": f"{type(error).__name__}: {error}", "passed": False}
+        records.append(record)
     return records
 
 
+def compiled_by(case: Case) -> list[Record]:
+    """Let Triton compile what a case launches; what fails there fails again where it is timed."""
+    layer = case.layer
+    for name in (*decision.KERNELS, None):
+        with suppress(Exception):
+            if name is None or cases.exists(layer, name):
+                cases.results(cases.way(layer, name), layer)
+    return []
+
+
+def _worked_on(job: tuple[bool, Case]) -> list[Record]:
+    is_compared, case = job
+    return parity_of(case) if is_compared else compiled_by(case)
+
+
 def parity() -> list[Record]:
-    """Of every kernel, format and dtype, at ragged shapes."""
+    """Of every kernel, format and dtype, at ragged shapes. All that is timed later is compiled beside it."""
     made = []
     for dtype in (torch.float32,) if cases.is_dry else TOLERANCE:
         for format, make in {**FORMATS, TRAIN3: train}.items():
@@ -81,27 +98,32 @@ def parity() -> list[Record]:
                 labels = {"dtype": str(dtype), "format": format, "rows": rows, "rank": rank}
                 labels |= {"out": out_modes, "in": in_modes}
                 made.append(Case(labels, make(out_modes, in_modes, rank), rows, dtype))
-    return [record for records in cases.mapped(parity_of, made) for record in records]
+    jobs = [(True, case) for case in made]
+    if not cases.is_dry:
+        jobs += [(False, case) for some in (_reruns, _trains, _formats, _others) for case in some()]
+    return [record for records in cases.mapped(_worked_on, jobs) for record in records]
 
 
-def reruns(times: int = 20) -> list[Record]:
+def _reruns() -> list[Case]:
+    if cases.is_dry:
+        return [Case({"format": name}, make(SMALL, SMALL, 3), 4, cases.dtype) for name, make in FORMATS.items()]
+    modes = (64, 64)
+    return [Case({"format": name}, make(modes, modes, 8), 4096, cases.dtype) for name, make in FORMATS.items()]
+
+
+def reruns() -> list[Record]:
     """Whether the result and each gradient are the same bits in every run."""
     records = []
-    for format, make in FORMATS.items():
-        if cases.is_dry:
-            layer, times = Layer(make(SMALL, SMALL, 3), 4, cases.dtype), 1
-        else:
-            layer = Layer(make((64, 64), (64, 64), 8), 4096, cases.dtype)
-        for name in decision.KERNELS:
-            if not cases.exists(layer, name):
-                continue
+    for case in _reruns():
+        layer = case.layer
+        for name in (name for name in decision.KERNELS if cases.exists(layer, name)):
             run = cases.way(layer, name)
             first = cases.results(run, layer)
             same = [True] * len(first)
-            for _ in range(times):
+            for _ in range(1 if cases.is_dry else 20):
                 again = cases.results(run, layer)
                 same = [s and torch.equal(a, b) for s, a, b in zip(same, first, again, strict=True)]
-            records.append({"format": format, "kernel": name, "passed": all(same)})
+            records.append({**case.labels, "kernel": name, "passed": all(same)})
     return records
 
 
@@ -134,25 +156,15 @@ ALL = (*decision.KERNELS, "contraction", "rebuild", None)
 """Ways; None: the one that is decided for."""
 
 
-def compiled_by(case: Case) -> None:
-    """Let Triton compile what a case launches."""
-    layer = case.layer
-    for name in (*decision.KERNELS, None):
-        if name is None or cases.exists(layer, name):
-            cases.results(cases.way(layer, name), layer)
-
-
 def measured(made: Sequence[Case], ways: Sequence[str | None]) -> list[Record]:
     """The times of cases, by some ways; with what plans say of each layer, and the rebuild's share of the FLOPs."""
-    if not cases.is_dry:
-        cases.mapped(compiled_by, made)
     records = []
     for case in made:
         layer = case.layer
         record: Record = {**case.labels, "rows": case.rows, "dense": dense_times(layer)}
         record["rebuild_share"] = contraction.dense_plan(case.network).flops / (2 * layer.macs)
         record["converted"] = converted(layer)
-        records.append(record | {str(way): way_times(layer, way) for way in ways})
+        records.append(record | {str(way): tried(partial(way_times, layer, way)) for way in ways})
     return records
 
 
@@ -168,31 +180,29 @@ def converted(layer: Layer) -> Record:
     return found
 
 
-def trains() -> list[Record]:
-    """Tensor trains of two cores."""
-    made = []
-    for name, modes in LAYERS.items():
-        for rows in (8,) if cases.is_dry else (1024, 4096):
-            for rank in RANKS[:1] if cases.is_dry else RANKS:
-                network = train(*((SMALL, SMALL) if cases.is_dry else modes), rank)
-                made.append(Case({"layer": name, "rank": rank}, network, rows, cases.dtype))
-    return measured(made[:1] if cases.is_dry else made, ("fused", "fused_rebuild", "contraction", "rebuild", None))
+def _trains() -> list[Case]:
+    if cases.is_dry:
+        return [Case({"layer": "4096->4096", "rank": RANKS[0]}, train(SMALL, SMALL, RANKS[0]), 8, cases.dtype)]
+    return [
+        Case({"layer": name, "rank": rank}, train(*modes, rank), rows, cases.dtype)
+        for name, modes in LAYERS.items()
+        for rows in (1024, 4096)
+        for rank in RANKS
+    ]
 
 
-def formats() -> list[Record]:
-    """Every format at a tenth of the parameters, from single rows to batches."""
+def _formats() -> list[Case]:
     out_modes, in_modes = (SMALL, SMALL) if cases.is_dry else LAYERS["4096->4096"]
     share = (0.5 if cases.is_dry else 0.1) * math.prod(out_modes) * math.prod(in_modes)
-    made = []
-    for format in FORMATS:
-        network = with_parameters(format, out_modes, in_modes, share)
-        for rows in (2,) if cases.is_dry else (1, 4, 16, 256, 4096):
-            made.append(Case({"format": format, "ranks": network.ranks}, network, rows, cases.dtype))
-    return measured(made, (*decision.KERNELS, None))
+    networks = {format: with_parameters(format, out_modes, in_modes, share) for format in FORMATS}
+    return [
+        Case({"format": format, "ranks": network.ranks}, network, rows, cases.dtype)
+        for format, network in networks.items()
+        for rows in ((2,) if cases.is_dry else (1, 4, 16, 256, 4096))
+    ]
 
 
-def others() -> list[Record]:
-    """Networks of more cores, and blocks."""
+def _others() -> list[Case]:
     made = {TRAIN3: train((2, 2, 2), (2, 2, 2), 2)}
     if not cases.is_dry:
         made = {
@@ -201,8 +211,22 @@ def others() -> list[Record]:
             "BTT, balanced": blocks((64, 64), (64, 64), 3),
             "BTT, skewed": blocks((512, 8), (8, 512), 25),
         }
-    rows = 8 if cases.is_dry else 4096
-    return measured([Case({"network": name}, made[name], rows, cases.dtype) for name in made], ("fused", None))
+    return [Case({"network": name}, made[name], 8 if cases.is_dry else 4096, cases.dtype) for name in made]
+
+
+def trains() -> list[Record]:
+    """Tensor trains of two cores."""
+    return measured(_trains(), ("fused", "fused_rebuild", "contraction", "rebuild", None))
+
+
+def formats() -> list[Record]:
+    """Every format at a tenth of the parameters, from single rows to batches."""
+    return measured(_formats(), (*decision.KERNELS, None))
+
+
+def others() -> list[Record]:
+    """Networks of more cores, and blocks."""
+    return measured(_others(), ("fused", None))
 
 
 def peers() -> list[Record]:
@@ -213,11 +237,11 @@ def peers() -> list[Record]:
         layer = Layer(train(*modes, 8), 8 if cases.is_dry else 4096, cases.dtype)
         record: Record = {"layer": name, "rows": layer.rows, "rank": 8, "dense": dense_times(layer)}
         if not cases.is_dry:
-            record["dense, compiled"] = dense_times(layer, compiled=True)
+            record["dense, compiled"] = tried(partial(dense_times, layer, compiled=True))
             run = torch.compile(cases.einsum(layer), dynamic=False)
-            record["einsum, compiled"] = both(run, layer.x, layer.cores, layer.dy)
-        record["fused"] = way_times(layer, "fused")
-        record["tensorly-torch"] = tensorly_torch(layer)
+            record["einsum, compiled"] = tried(partial(right_times, layer, run))
+        record["fused"] = tried(partial(way_times, layer, "fused"))
+        record["tensorly-torch"] = tried(partial(tensorly_torch, layer))
         records.append(record)
     return records
 
@@ -247,9 +271,9 @@ SECTIONS: dict[str, Callable[[], Any]] = {
     "trains": trains,
     "formats": formats,
     "others": others,
-    "peers": peers,
-    "lookups": lookups,
     "mlps": mlps,
+    "lookups": lookups,
+    "peers": peers,
 }
-TIMED = ("trains", "formats", "others", "peers", "lookups", "mlps")
+TIMED = tuple(SECTIONS)[3:]
 """Those of records that have the times of dense and of other ways."""

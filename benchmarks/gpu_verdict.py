@@ -89,8 +89,8 @@ def show(report: Record) -> None:
             for name, found in record.items():
                 if isinstance(found, dict) and name != "dense" and ("forward" in found or "refused" in found):
                     print(f"    {name:18} {_line(record, name)}")
-    print("\ntargets: measured, least")
-    for one in report["targets"]:
+    print("\ntargets: measured, least; those that are missed last")
+    for one in sorted(report["targets"], key=lambda one: not one["passed"]):
         print(
             f"  {'holds ' if one['passed'] else 'MISSED'} {one['measured']:8.2f} {one['least']:6.2f}  {one['target']}"
         )
@@ -111,12 +111,16 @@ def _line(record: Record, name: str) -> str:
 
 def failures(report: Record) -> list[str]:
     """What is not right, in any section; a target that is missed is not wrong."""
-    wrong = [str(record) for record in (*report["parity"], *report["reruns"]) if not record["passed"]]
+    wrong = [f"{section}: {text}" for section, text in report.get("failed", {}).items()]
+    wrong += [str(record) for record in (*report["parity"], *report["reruns"]) if not record["passed"]]
     for section in TIMED:
         for record in report[section]:
-            wrong += [f"{section}: {name}: {found}" for name, found in record.items()
-                      if isinstance(found, dict) and ("parity" in found.get("refused", "")
-                      or not found.get("passed", True))]  # fmt: skip
+            for name, found in record.items():
+                if isinstance(found, dict):
+                    is_wrong = not found.get("passed", True) or any(
+                        word in found.get("refused", "") for word in ("parity", "error")
+                    )
+                    wrong += [f"{section}: {_label(record)}: {name}: {found}"] * is_wrong
     return wrong
 
 

@@ -68,7 +68,8 @@ class Counts(NamedTuple):
     stored: int
 
 
-@triton.jit
+# What varies with the ids does not make another kernel: none could be compiled while a CUDA graph is captured.
+@triton.jit(do_not_specialize=["count", "share", "heads_share"])
 @no_type_check
 def rows_kernel(
     left, middle, right, ids, out,

@@ -55,7 +55,7 @@ def _tile(base, at, inside, step, width, GIVEN: tl.constexpr, CUT: tl.constexpr)
     return tl.load(base + at, inside, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share"])  # see `lookup.rows_kernel`
 @no_type_check
 def sums_kernel(
     left, middle, right, ids, order, starts, sums,
@@ -123,7 +123,7 @@ def sums_kernel(
     tl.store(sums + (place * m + rows) * n + columns, total, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share"])
 @no_type_check
 def finish_kernel(
     sums, starts, out, share, heads, m, n,
