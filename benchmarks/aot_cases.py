@@ -62,14 +62,15 @@ def dtypes(table_dtype: str) -> tuple[str, ...]:
 
 
 def chain_cases(table: Table) -> Iterator[Case]:
-    """Every row: plain, or where it is for that with no stride of 1; with an activation; with the smallest tiles."""
+    """Every row: without a bias, and p in one tile; with an activation; with the smallest tiles; with a bias, and where
+    it is for that with no stride of 1."""
     names = chain.chain_kernel.arg_names
     tensors = {"left", "middle", "right", "out", "bias"}
     ones = dict.fromkeys(("left_p", "middle_q", "right_q", "out_n"), 1)
     counts = {"heads1", "heads2", "steps", "share"}
     for number, row in enumerate(table.rows):
         tiles = row.tiles
-        for layout in ("narrow, sums", "activated", "plain" if row.aligned else "free strides"):
+        for layout in ("narrow, sums", "bare", "activated", "plain" if row.aligned else "free strides"):
             is_activated, is_free = layout == "activated", layout == "free strides"
             if layout == "narrow, sums":
                 tiles = tiles._replace(n=launch.LEAST, p=launch.LEAST, q=launch.LEAST)
@@ -79,7 +80,7 @@ def chain_cases(table: Table) -> Iterator[Case]:
             sizes = {"HEADS": heads, "M": tiles.m, "N": tiles.n, "P": tiles.p, "Q": tiles.q}
             constants = sizes | {
                 "HELD": tiles.held,
-                "ONE_P": tiles.held,
+                "ONE_P": tiles.held or layout == "bare",
                 "BIASED": layout in ("plain", "activated"),
                 "ACTIVATION": "gelu" if is_activated else "none",
             }

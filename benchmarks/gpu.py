@@ -5,9 +5,10 @@
     python benchmarks/gpu.py --dry --out FILE    small sizes in Triton's interpreter: tries this script, not the kernels
 
 Needs torch, triton and a CUDA device; no network. Every way is compared with float64 before it is timed, and is not
-timed where that fails; the exit code is then 1. Every figure's key ends in its unit. `device_us` is the median over
-replays of a CUDA graph, without launch gaps; `eager_us` the median over ordinary calls; both with a cold L2 cache.
-Which of the project's targets hold is printed at the end, and in the file.
+timed where that fails; the exit code is then 1, and 2 where a file cannot be read, adopted or written. Every figure's
+key ends in its unit. `device_us` is the median over replays of a CUDA graph, without launch gaps; `eager_us` the median
+over ordinary calls; both with a cold L2 cache. Which of the project's targets hold is printed at the end, and in the
+file.
 """
 
 from __future__ import annotations
@@ -44,7 +45,25 @@ def about() -> Record:
         versions |= {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name()}
         versions["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"commit": output_of("git", "rev-parse", "HEAD"), "date": date, "versions": versions}
+    commit = output_of("git", "rev-parse", "HEAD")
+    return {"dry": cases.is_dry, "commit": commit, "date": date, "versions": versions}
+
+
+def adopted(file: Path) -> list[Path]:
+    """Adopt a file; a ValueError or an OSError says why not."""
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"no JSON: {error}") from None
+    return adopt(report)
+
+
+def check_writable(file: Path) -> None:
+    """An OSError where a file cannot be written; one that is there is left as it is."""
+    is_new = not file.exists()
+    file.open("a").close()
+    if is_new:
+        file.unlink()
 
 
 def main() -> int:
@@ -55,11 +74,20 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=420, help="no section is begun after these (default: 420)")
     parser.add_argument("--dry", action="store_true", help="in the interpreter, of small sizes")
     given = parser.parse_args()
+    if given.adopt and (given.out or given.dry):
+        parser.error("--adopt measures nothing: it goes without --out and --dry")
     if given.adopt:
-        print(*adopt(json.loads(given.adopt.read_text(encoding="utf-8"))), sep="\n")
+        try:
+            print(*adopted(given.adopt), sep="\n")
+        except (ValueError, OSError) as error:
+            parser.error(f"--adopt {given.adopt}: {error}")
         return 0
     if given.out is None:
         parser.error("--out or --adopt")
+    try:
+        check_writable(given.out)  # before the work, since it may fail
+    except OSError as error:
+        parser.error(f"--out {given.out}: {error}")
     if not cases.is_dry and not torch.cuda.is_available():
         print("benchmarks/gpu.py needs a CUDA device, and torch finds none.", file=sys.stderr)
         return 1

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import gpu_cases as cases
 from gpu_cases import ROOT, Record
 from gpu_sections import TIMED
 
-from tensorlayers import launch
+from tensorlayers import launch, machine
 
 WAYS = ("forward", "training")
 FORWARD = {4: 3.3, 8: 1.9, 12: 1.25, 16: 0.95}
@@ -149,11 +151,27 @@ def constants(report: Record) -> Record:
     }
 
 
+LIKELY = {"tflop_per_s": (0.1, 1e5), "copy_bytes_per_s": (1e9, 1e15), "launch_s": (1e-8, 1e-2)}
+"""Between what a constant of a GPU is; what a name ends in counts."""
+
+
 def adopt(report: Record, folder: Path = ROOT / "tensorlayers") -> list[Path]:
-    """Write the constants of a report to the tables that predictions are read from, in the folder of the package."""
-    found, written = report["constants"], []
+    """Write the constants of a report to both tables that predictions are read from, in the folder of the package, or
+    to none.
+
+    Raises
+    ------
+    ValueError
+        If it is a report of a dry run, or one without likely constants; or no launch table is of its architecture.
+    OSError
+        If a table cannot be written.
+    """
+    found = adoptable(report)
+    path = folder / "launches" / f"{found['arch']}.json"
+    if path not in (folder / "launches").glob("*.json"):
+        raise ValueError(f"an architecture that the package has a launch table for; got {found['arch']}")
     half = found["gemm_tflop_per_s"]["bfloat16"] * 1e12
-    machine = {
+    on = {
         "flops.bfloat16": half,
         "flops.float16": half,
         "flops.float32": found["gemm_tflop_per_s"]["float32"] * 1e12,
@@ -162,21 +180,68 @@ def adopt(report: Record, folder: Path = ROOT / "tensorlayers") -> list[Path]:
         "launch": found["launch_s"],
     }
     table = {"memory": found["copy_bytes_per_s"], "launch": found["launch_s"]}
-    if found["chain_tflop_per_s"] is not None:
+    if found.get("chain_tflop_per_s") is not None:
         table["rates.half"] = found["chain_tflop_per_s"] * 1e12
-    for path, changes in (
-        (folder / "machines" / "cuda.json", machine),
-        (folder / "launches" / f"{found['arch']}.json", table),
-    ):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in changes.items():
-            place, _, key = name.rpartition(".")
-            (content[place] if place else content)[key] = value
-        rows = content.pop("rows", None)
-        text = json.dumps(content, indent=1)
-        if rows is not None:  # a row a line
-            listed = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-            text = f'{text[:-2]},\n "rows": [\n{listed}\n ]\n}}'
-        path.write_text(text + "\n", encoding="utf-8")
-        written.append(path)
-    return written
+    paths = [folder / "machines" / "cuda.json", path]
+    texts = [_changed(one, changes) for one, changes in zip(paths, (on, table), strict=True)]
+    _write_all(dict(zip(paths, texts, strict=True)), (machine.read, lambda new: launch.read(new, found["arch"])))
+    return paths
+
+
+def adoptable(report: Record) -> Record:
+    """The constants of a report, which are those of a GPU; a ValueError says why they are not."""
+    if not isinstance(report, dict):
+        raise ValueError(f"a report is a JSON object; got {type(report).__name__}")
+    # Before dry runs were marked, they were those that name no GPU.
+    if report.get("dry", "gpu" not in report.get("versions", ())) is not False:
+        raise ValueError("a report of a GPU; this one is of a dry run, in the interpreter")
+    found = report.get("constants")
+    if not isinstance(found, dict):
+        raise ValueError("a report with constants; this one has none: what they are made of was not measured")
+    best = found.get("gemm_tflop_per_s")
+    best = best if isinstance(best, dict) else {}
+    numbers = {f"gemm_tflop_per_s: {name}": best.get(name) for name in ("bfloat16", "float32")}
+    numbers |= {name: found.get(name) for name in ("copy_bytes_per_s", "launch_s", "chain_tflop_per_s")}
+    for name, number in numbers.items():
+        least, most = next(ends for end, ends in LIKELY.items() if end in name)
+        if name == "chain_tflop_per_s" and number is None:
+            continue  # no chain was measured
+        if type(number) not in (int, float) or not least <= number <= most:
+            raise ValueError(f"constants: {name} is a number from {least:g} to {most:g}; got {number!r}")
+    if not isinstance(found.get("arch"), str):
+        raise ValueError(f"constants: arch is a text; got {found.get('arch')!r}")
+    return found
+
+
+def _changed(path: Path, changes: Record) -> str:
+    """The text of a table with other constants, named "key" or "part.key"."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in changes.items():
+        place, _, key = name.rpartition(".")
+        (content[place] if place else content)[key] = value
+    rows = content.pop("rows", None)
+    text = json.dumps(content, indent=1)
+    if rows is not None:  # a row a line
+        listed = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+        text = f'{text[:-2]},\n "rows": [\n{listed}\n ]\n}}'
+    return text + "\n"
+
+
+def _write_all(texts: dict[Path, str], readers: Sequence[Callable[[Path], object]]) -> None:
+    """Write all files or none: each to one beside it, which is read again, before the first takes its place."""
+    new = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}") for path in texts}
+    before, replaced = {path: path.read_bytes() for path in texts}, []
+    try:
+        for (path, text), read in zip(texts.items(), readers, strict=True):
+            new[path].write_text(text, encoding="utf-8")
+            read(new[path])
+        for path, temporary in new.items():
+            os.replace(temporary, path)
+            replaced.append(path)
+    except BaseException:
+        for path in replaced:
+            path.write_bytes(before[path])
+        raise
+    finally:
+        for temporary in new.values():
+            temporary.unlink(missing_ok=True)

@@ -138,6 +138,11 @@ def is_traced() -> bool:
     )
 
 
+def _is_faked() -> bool:
+    """Whether tensors have no memory: their shapes alone are wanted."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 def _is_functionalized() -> bool:
     """Whether torch.func.functionalize is among the transforms: it takes no autograd.Function."""
     if not torch._C._are_functorch_transforms_active():
@@ -175,7 +180,7 @@ def without_results() -> Iterator[None]:
 
 
 def _run(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:
-    if is_traced():
+    if is_traced() or _is_faked():
         y: Tensor = _product(x, list(cores), bias, spec)
         return y
     if _dry.is_on:
@@ -186,7 +191,7 @@ def _run(x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, spec: str) -> 
 def _run_gradients(
     dy: Tensor, x: Tensor, cores: Sequence[Tensor], spec: str, needs: tuple[bool, ...]
 ) -> tuple[Tensor, ...]:
-    if is_traced():
+    if is_traced() or _is_faked():
         return tuple(_gradients(dy, x, list(cores), spec, list(needs)))
     if torch._C._functorch.is_legacy_batchedtensor(dy):
         return _gradients_of_many(dy, x, cores, spec, needs)

@@ -13,9 +13,14 @@ from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
+from . import launch
 from .errors import KernelError
 
 _mode = "auto"
+_entered: list[list[str]] = []  # the blocks that are open, each a list of its own, so that it is found again
 
 
 def mode() -> str:
@@ -25,23 +30,36 @@ def mode() -> str:
 
 @contextmanager
 def use_kernels(mode: str) -> Iterator[None]:
-    """Choose between Triton kernels and torch, for the calls inside the ``with`` block.
+    """Choose between Triton kernels and torch, for the calls inside the ``with`` block, in all threads.
+
+    A backward runs as its forward did, wherever it is called.
 
     Parameters
     ----------
     mode : {"auto", "torch", "triton"}
         ``"auto"``: Triton kernels on a GPU, where they are predicted to be faster. ``"torch"``: never, even where a
-        layer demands one. ``"triton"``: always, and an error where none supports the call (on the CPU, Triton needs
-        its interpreter, ``TRITON_INTERPRET=1`` set before it is imported).
+        layer demands one. ``"triton"``: for every product of a factorized linear layer and every lookup, and an error
+        where none supports it (on the CPU, Triton needs its interpreter, ``TRITON_INTERPRET=1`` set before it is
+        imported). What has no kernels runs by torch: convolutions, frozen layers, exported graphs, lookups under
+        torch.func.
+
+    Raises
+    ------
+    KernelError
+        If there is no such mode.
     """
     global _mode
     if mode not in ("auto", "torch", "triton"):
         raise KernelError(f"use_kernels: 'auto', 'torch' or 'triton'; got {mode!r}")
-    before, _mode = _mode, mode
+    # One variable, on which torch.compile guards. Blocks of several threads may end in any order.
+    own = [mode]
+    _entered.append(own)
+    _mode = mode
     try:
         yield
     finally:
-        _mode = before
+        _entered[:] = [other for other in _entered if other is not own]
+        _mode = _entered[-1][0] if _entered else "auto"
 
 
 @lru_cache
@@ -50,8 +68,15 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"tensorlayers.kernels.{name}")
 
 
+def readable(tensor: Tensor) -> Tensor:
+    """A tensor as a kernel reads it, which is given its memory alone: torch negates some, and fills others, lazily."""
+    if tensor._is_zerotensor():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return tensor.resolve_neg()
+
+
 def refusal(device: str, dtype: str) -> str | None:
-    """Why no Triton kernel can run products on a type of device; None where they can.
+    """Why no Triton kernel can run products on a type of device, of GPUs the current one; None where they can.
 
     The dtype is one that `precision.multiplied_as` names.
     """
@@ -65,7 +90,7 @@ def refusal(device: str, dtype: str) -> str | None:
         return "Triton is not installed"
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "on the CPU Triton needs its interpreter"
-    return None
+    return launch.refusal(launch.architecture(device)) if device == "cuda" else None
 
 
 @lru_cache(maxsize=1)

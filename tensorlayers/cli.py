@@ -31,6 +31,13 @@ Replace the dense layers of a pretrained network by factorized ones: low rank, t
 
 MODEL_DIR is a local Hugging Face directory (config.json, weights, tokenizer). Nothing is downloaded."""
 
+_TUNE = """\
+Triton kernels are launched by a table for each architecture of GPU. This one starts from the table that comes with the
+package, and times the neighbours of the tiles of the chain kernel's rows for half precision: on a GPU, a few minutes.
+Nothing else is tuned: the rows for tf32 and float32, the entries of the other kernels and the rates are copied. On an
+architecture that the package has no table for, kernels run only once there is one; what is copied to it is cut to
+tiles that any GPU holds."""
+
 _FORMATS = """\
 which format:
   lowrank   2x to 16x fewer parameters, as much faster as smaller: the one to begin with
@@ -100,7 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     calibration.add_argument("--quick", action="store_true", help="in a few seconds, less exactly")
     calibration.set_defaults(run=_calibrate)
 
-    tuning = commands.add_parser("tune", help="find the launch table of this machine's GPU")
+    tuning = commands.add_parser(
+        "tune", help="find the launch table of this machine's GPU", description=_TUNE, formatter_class=raw
+    )
+    tuning.add_argument("--out", type=Path, metavar="FILE", help="default: where it is used from then on")
+    tuning.add_argument("--device", default="cuda", help="the GPU, as torch names it (default: cuda)")
     tuning.set_defaults(run=_tune)
 
     main_job = commands.add_parser("demo", help="convert a real pretrained sentence encoder and report")
@@ -208,8 +219,13 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _tune(arguments: argparse.Namespace) -> None:
-    found = tune.tune(progress=lambda rows: tqdm(rows, unit="row", disable=not sys.stderr.isatty()))
-    print(f"written to {tune.write(found)}; delete it to go back to the table that comes with the package")
+    tune.destination(arguments.device, arguments.out)  # before the work, since it may fail
+    found = tune.tune(arguments.device, progress=lambda rows: tqdm(rows, unit="row", disable=not sys.stderr.isatty()))
+    path = tune.write(found, arguments.out)
+    if arguments.out is None:
+        print(f"saved to {path}, used from now on; delete it to return to the table that comes with the package")
+    else:
+        print(f"saved to {path}; used in a directory that {machine.VARIABLE} names, as {found.arch}.json")
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import backend, fused, fused_khatri_rao, fused_rebuild
 from .errors import KernelError
-from .launch import architecture
+from .launch import architecture, refusal
 from .lowering import candidates, chunked
 from .machine import Machine, machine
 from .network import Network
@@ -185,7 +185,8 @@ def interpolated(rows: int, seconds: Callable[[int], float]) -> float:
 def planned_task(rows: int, on: Machine, dtype: str = "float32", *, gradients: bool = False) -> Task:
     """A task that is not carried out now; on a GPU, Triton kernels are taken to be there for it."""
     is_fast = not on.threads and dtype in ("float16", "bfloat16", "tf32") and backend.is_present()
-    return Task(rows, gradients, gradients, dtype, itemsize(dtype), architecture(on.name) if is_fast else "")
+    arch = architecture(on.name) if is_fast else ""
+    return Task(rows, gradients, gradients, dtype, itemsize(dtype), "" if arch and refusal(arch) else arch)
 
 
 def training_seconds(network: Network, rows: int, on: Machine, dtype: str = "float32") -> float:

@@ -185,7 +185,7 @@ class _Priced:
         if found is None:
             return None
         how, launch = found
-        self._add(launch.seconds, Cost(launch.flops, launch.loaded + launch.stored), 1 + (launch.parts > 1))
+        self._add(launch.seconds, launch.cost, 1 + (launch.parts > 1))
         return how
 
     def _add(self, seconds: float, cost: Cost, launches: int) -> None:

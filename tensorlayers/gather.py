@@ -234,7 +234,7 @@ class RecomputedRows(torch.autograd.Function):
         ctx.save_for_backward(ids, *cores)
         ctx.network, ctx.width, ctx.chain = network, width, fused(network, cores)
         if ctx.chain is not None:
-            found: Tensor = _kernel("lookup")(ids, list(cores), ctx.chain, width)
+            found: Tensor = _kernel("lookup")(ids, _readable(cores), ctx.chain, width)
             return found
         lookup, count = _Lookup(ids, network, cores), len(ids)
         table = None
@@ -260,7 +260,8 @@ class RecomputedRows(torch.autograd.Function):
             torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grads[0])
         )
         if ctx.chain is not None and not plain:
-            found = iter(_kernel("lookup_gradients")(grads[0], ids, cores, ctx.chain, list(needed)))
+            grad, *cores = _readable((grads[0], *cores))
+            found = iter(_kernel("lookup_gradients")(grad, ids, cores, ctx.chain, list(needed)))
             return None, None, None, *(next(found) if need else None for need in needed)
         with without_autocast(cores[0]):
             if plain:
@@ -323,6 +324,11 @@ def _kernel(name: str) -> Any:
     if torch.compiler.is_compiling():
         return getattr(torch.ops.tensorlayers, name)
     return backend.load(name).run
+
+
+def _readable(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """As a kernel reads them; of an operator torch sees to that itself."""
+    return list(tensors) if torch.compiler.is_compiling() else list(map(backend.readable, tensors))
 
 
 def fused(network: Network, cores: Sequence[Tensor]) -> tuple[int, ...] | None:

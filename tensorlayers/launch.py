@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .cost import Cost
 from .errors import CostModelError
 from .machine import measured
 
@@ -31,11 +32,32 @@ VECTOR = 16
 LEAST = 16
 """The smallest tile of a matrix product."""
 
-KERNELS = ("rebuild", "rebuild_ragged", "cp_in", "cp_out", "lookup", "lookup_gradients")
-"""The entries that a table has beside the rows of the kernel of chains."""
+ALIKE = {"sm_100": ("sm_103",), "gfx942": ("gfx940", "gfx941", "gfx950")}
+"""By what is shipped: the other architectures whose programs may have as much shared memory, so that its tiles fit."""
 
 _DTYPES = ("half", "tf32", "float32")
 _MOST_PARTS = 512
+
+KERNELS = {
+    "rebuild": ("m", "n", "k", "warps", "stages"),
+    "rebuild_ragged": ("m", "n", "k", "warps", "stages"),
+    "cp_in": ("rank", "i1", "i2", "step", "warps", "stages"),
+    "cp_out": ("rows", "o1", "o2", "rank", "warps", "stages"),
+    "lookup": ("side", "rank", "warp", "ragged_rank", "ragged_warp", "stages", "ids"),
+    "lookup_gradients": ("side", "rank", "warp", "ragged_rank", "ragged_warp", "stages", "ids"),
+}
+"""The entries that a table has beside the rows of the kernel of chains, with the numbers that each has of a dtype."""
+
+# What such a number may be, at least and at most: a power of two ...
+_POWERS = {
+    **dict.fromkeys(("m", "n", "k", "p", "q", "rank", "ragged_rank", "side"), (LEAST, 256)),  # what is multiplied
+    **dict.fromkeys(("i1", "i2", "o1", "o2", "step"), (LEAST, 256)),
+    **dict.fromkeys(("heads", "rows", "warps"), (1, 16)),  # heads and rows are unrolled
+    **dict.fromkeys(("warp", "ragged_warp"), (1, 2**16)),  # elements
+}
+# ... or any integer, as those of the chip are.
+_INTEGERS = {"stages": (1, 8), "ids": (1, 2**20), "processors": (1, 10**6), "shared_memory": (1, 10**9)}
+_REAL = ("cache", "memory", "launch", "step")
 
 
 class Problem(NamedTuple):
@@ -177,9 +199,12 @@ class Launch(NamedTuple):
     flops : int
         FLOPs of the matrix units, those wasted at ragged tiles among them.
     loaded, stored : int
-        Elements that programs load; that they store, float32 where the steps are shared.
+        Elements that programs load, those of a bias not counted; that they store. Where there are parts these are
+        float32, and the kernel that adds them loads them all.
     seconds : float
-        The predicted time.
+        The predicted time, with that of adding the parts.
+    itemsize : int
+        Bytes an element of the operands and of the result.
     """
 
     tiles: Tiles
@@ -191,6 +216,15 @@ class Launch(NamedTuple):
     loaded: int
     stored: int
     seconds: float
+    itemsize: int
+
+    @property
+    def cost(self) -> Cost:
+        """FLOPs and elements of `itemsize` bytes, the adding of parts among them; those of a bias not counted."""
+        if self.parts == 1:
+            return Cost(self.flops, self.loaded + self.stored)
+        result = self.stored // self.parts
+        return Cost(self.flops, self.loaded + 2 * (4 // self.itemsize) * self.stored + result)
 
 
 @lru_cache(maxsize=4096)
@@ -237,7 +271,7 @@ def _launch(problem: Problem, table: Table, tiles: Tiles, steps: int, parts: int
     seconds = table.launch + max(arithmetic, latency, cached, unique)
     if parts > 1:
         seconds += table.launch + 2 * 4 * stored / table.cache
-    return Launch(tiles, steps, share, parts, programs, flops, loaded, stored, seconds)
+    return Launch(tiles, steps, share, parts, programs, flops, loaded, stored, seconds, problem.itemsize)
 
 
 def fitted(size: int, tile: int) -> int:
@@ -287,13 +321,14 @@ def _architecture(index: int) -> str:
 def table(arch: str = DEFAULT) -> Table:
     """The table of an architecture: measured on this machine if it was, else as shipped; read once a process.
 
-    An architecture without a table has that of the nearest older one of its maker, which asks for no more than it has.
+    An architecture without one has that of the nearest older one of its maker (without any, the oldest). Where this may
+    ask for more than it has, `refusal` says so.
     """
     directory = measured()
     path = None if directory is None else directory / f"{arch}.json"
     try:
         if path is not None and path.is_file():
-            return read(path)
+            return read(path, arch)
     except (CostModelError, OSError) as error:
         warnings.warn(f"{error}; the shipped table is used", stacklevel=2)
     return shipped(arch)
@@ -301,7 +336,19 @@ def table(arch: str = DEFAULT) -> Table:
 
 def shipped(arch: str) -> Table:
     """The table that comes with the package, whatever was measured."""
-    return read(SHIPPED / f"{_nearest(arch)}.json")
+    return read(SHIPPED / f"{_nearest(arch)}.json", _nearest(arch))
+
+
+def is_for(made: Table, arch: str) -> bool:
+    """Whether an architecture has the shared memory that a table asks for: it is its own, or one that is `ALIKE`."""
+    return arch == made.arch or arch in ALIKE.get(made.arch, ())
+
+
+def refusal(arch: str) -> str | None:
+    """Why no kernel can be launched on an architecture, that there is no table for; None where there is one."""
+    if is_for(table(arch), arch):
+        return None
+    return f"{arch} has no launch table, and others' tiles may not fit its shared memory: run `tensorlayers tune`"
 
 
 def architectures() -> tuple[str, ...]:
@@ -325,8 +372,8 @@ def _nearest(arch: str) -> str:
 _ROW = ("dtype", "shared", "held", "inner", "n", "m", "aligned")
 
 
-def read(path: Path) -> Table:
-    """Read a table.
+def read(path: Path, arch: str | None = None) -> Table:
+    """Read a table; `arch`: the architecture that it is to be for.
 
     Raises
     ------
@@ -340,37 +387,64 @@ def read(path: Path) -> Table:
             for row in found.pop("rows")
         )
         made = Table(**found, rows=rows)
-        check(made)
+        check(made, arch)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         remedy = "delete the file, or run `tensorlayers tune` again"
         raise CostModelError(f"{path}: no launch table ({type(error).__name__}: {error}); {remedy}") from None
     return made
 
 
-def check(made: Table) -> None:
-    """Whether a table has a row for every problem, and sound tiles; a ValueError says what is wrong."""
-    for row in made.rows:
-        for name, size in zip(Tiles._fields, row.tiles, strict=True):
-            if name != "held" and not (type(size) is int and size >= 1):
-                raise ValueError(f"{name} is an integer of at least 1; got {size!r}")
-        sizes = row.tiles.m, row.tiles.n, row.tiles.p, row.tiles.q
-        if any(size < 16 or size & (size - 1) for size in sizes) or row.tiles.heads & (row.tiles.heads - 1):
-            raise ValueError(f"tiles are powers of two, those of matrices at least 16; got {row.tiles}")
-        if row.held and (row.inner is None or min(row.tiles.p, row.tiles.q) < row.inner):
-            raise ValueError(f"a middle that is held fits in its tile; got {row}")
-        if row.tiles.heads > 1 and not row.shared:
-            raise ValueError(f"several heads a program share left and right; got {row}")
+def check(made: Table, arch: str | None = None) -> None:
+    """Whether a table is for an architecture and has a row for every problem, sound tiles and constants; a ValueError
+    says what is wrong."""
+    if not isinstance(made.arch, str) or arch not in (None, made.arch):
+        raise ValueError(f"arch is {'a text' if arch is None else repr(arch)}; got {made.arch!r}")
+    if not isinstance(made.rates, dict) or set(made.rates) != set(_DTYPES):
+        raise ValueError(f"rates of half, tf32 and float32; got {made.rates!r}")
+    if not isinstance(made.kernels, dict):
+        raise ValueError(f"kernels has {', '.join(KERNELS)}; got {made.kernels!r}")
+    _check_whole("", vars(made), ("processors", "shared_memory"))
+    reals = [(name, getattr(made, name)) for name in _REAL]
+    for name, number in (*reals, *((f"rates: {dtype}", rate) for dtype, rate in made.rates.items())):
+        # Of these bounds nothing that is computed overflows; NaN is within none.
+        if type(number) not in (int, float) or not 1e-30 <= number <= 1e30:
+            raise ValueError(f"{name} is a positive number; got {number!r}")
     for name, dtype in itertools.product(KERNELS, _DTYPES):
-        entry = made.kernels.get(name, {}).get(dtype)
-        if not entry or any(type(number) is not int or number < 1 for number in entry.values()):
-            raise ValueError(f"kernels: {name} has integers of at least 1 for {dtype}; got {entry}")
+        entry = made.kernels.get(name)
+        found = entry.get(dtype) if isinstance(entry, dict) else None
+        _check_whole(f"kernels: {name}: {dtype}: ", found if isinstance(found, dict) else {}, KERNELS[name])
+    for index, row in enumerate(made.rows):
+        _check_row(f"rows: {index}: ", row)
     for dtype in _DTYPES:
         large = 10**9
         problem = Problem((1, 1), 1, large, large, large, large, False, False, dtype, False)
         if not any(row.fits(problem) for row in made.rows):
             raise ValueError(f"no row for {problem}")
-    numbers = [made.processors, made.shared_memory, made.cache, made.memory, made.launch, made.step]
-    if not all(isinstance(x, (int, float)) and x > 0 for x in (*numbers, *made.rates.values())):
-        raise ValueError("every constant is a positive number")
-    if set(made.rates) != set(_DTYPES):
-        raise ValueError(f"rates of half, tf32 and float32; got {sorted(made.rates)}")
+
+
+def _check_row(where: str, row: Row) -> None:
+    if row.dtype not in _DTYPES:
+        raise ValueError(f"{where}dtype is half, tf32 or float32; got {row.dtype!r}")
+    for name in ("shared", "held", "aligned"):
+        if type(getattr(row, name)) is not bool:
+            raise ValueError(f"{where}{name} is true or false; got {getattr(row, name)!r}")
+    for name in ("inner", "n", "m"):
+        most = getattr(row, name)
+        if most is not None and (type(most) is not int or most < 1):
+            raise ValueError(f"{where}{name} is null or an integer of at least 1; got {most!r}")
+    tiles = row.tiles._asdict()
+    _check_whole(f"{where}tiles: ", tiles, [name for name in tiles if name != "held"])
+    if row.held and (row.inner is None or min(row.tiles.p, row.tiles.q) < row.inner):
+        raise ValueError(f"{where}a middle that is held fits in its tile; got {row}")
+    if row.tiles.heads > 1 and not row.shared:
+        raise ValueError(f"{where}several heads a program share left and right; got {row}")
+
+
+def _check_whole(where: str, found: dict[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        number: Any = found.get(name)
+        least, most = _POWERS.get(name) or _INTEGERS[name]
+        is_whole = type(number) is int and least <= number <= most
+        if not is_whole or (name in _POWERS and number.bit_count() > 1):
+            what = "a power of two" if name in _POWERS else "an integer"
+            raise ValueError(f"{where}{name} is {what} from {least} to {most}; got {number!r}")

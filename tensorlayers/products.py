@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, conv_chunks, convolution, decision, functional, matmul, slices
+from .backend import readable
 from .contraction import constant_when_compiled
 from .conv_maps import Window
 from .convolution import ConvPlan
@@ -52,7 +53,7 @@ class RowProduct(autograd.Multilinear):
         if not isinstance(program, KernelProgram):
             return super().activated(x, cores, bias, activation)
         with without_autocast(x):
-            return program.forward(functional.padded(x, self.network), cores, bias, activation)
+            return _by_kernel(program, functional.padded(x, self.network), cores, bias, activation)
 
     def _forward(self, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, added: Tensor | None = None) -> Tensor:
         chosen, pieces = self._decided(x)
@@ -63,7 +64,7 @@ class RowProduct(autograd.Multilinear):
             return added
         with without_autocast(x):
             if isinstance(chosen.program, KernelProgram):
-                return chosen.program.forward(x, cores, bias)
+                return _by_kernel(chosen.program, x, cores, bias)
             return matmul.forward(chosen.program, x, cores, bias, chosen.chunk, added)
 
     def gradients(self, dy: Tensor, x: Tensor, cores: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -86,7 +87,9 @@ class RowProduct(autograd.Multilinear):
             return [added, *sums]
         with without_autocast(x):
             if isinstance(chosen.program, KernelProgram):
-                return chosen.program.gradients(dy, x, cores, needs)
+                dy, x, *cores = map(readable, (dy, x, *cores))
+                found = chosen.program.gradients(dy, x, cores, needs)
+                return [None if gradient is None else gradient.contiguous() for gradient in found]
             return matmul.gradients(chosen.program, dy, x, cores, needs, chosen.chunk, added)
 
     def plain(self, x: Tensor, cores: Sequence[Tensor]) -> Tensor:
@@ -102,6 +105,16 @@ class RowProduct(autograd.Multilinear):
             chosen = decision.decide(self.network, task, machine, self.forced)
             found = self._decisions[key] = chosen, slices.slices(self.network, chosen.program)
         return found
+
+
+def _by_kernel(
+    program: KernelProgram, x: Tensor, cores: Sequence[Tensor], bias: Tensor | None, activation: str = "none"
+) -> Tensor:
+    x, *cores = map(readable, (x, *cores))
+    y = program.forward(x, cores, None if bias is None else readable(bias), activation).contiguous()
+    # Not a view, of which autograd would forbid the user to change it in place.
+    whole: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return whole
 
 
 class WindowProduct(autograd.Multilinear):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from tensorlayers import TT, FactorizedLinear, LowRank, formats, launch, machine
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 MODULES = ("timing", "memory", "compare", "report", "cases", "layers", "peers", "convs", "models", "scaling", "run")
-GPU = ("gpu_cases", "gpu_timing", "gpu_layers", "gpu_sections", "gpu_verdict", "predicted")
+GPU = ("gpu_cases", "gpu_timing", "gpu_layers", "gpu_sections", "gpu_verdict", "gpu", "predicted")
 
 
 @pytest.fixture(scope="module")
@@ -208,13 +209,22 @@ def test_targets_on_a_gpu(benchmarks):
     assert sum(not one["passed"] for one in refused) == 7
 
 
-def test_what_a_gpu_measured_is_adopted(benchmarks, tmp_path):
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the folders of constants."""
     for folder in ("machines", "launches"):
         shutil.copytree(FOLDER.parent / "tensorlayers" / folder, tmp_path / folder)
+    return tmp_path
+
+
+def test_what_a_gpu_measured_is_adopted(benchmarks, package, tmp_path):
     report = gpu_report()
     found = {**benchmarks.gpu_verdict.constants(report), "arch": "sm_90"}
     on, table = (tmp_path / "machines" / "cuda.json"), (tmp_path / "launches" / "sm_90.json")
-    assert benchmarks.gpu_verdict.adopt({"constants": found}, tmp_path) == [on, table]
+    before = {path: path.read_text() for path in tmp_path.rglob("*.json")}
+    assert benchmarks.gpu_verdict.adopt({"dry": False, "constants": found}, tmp_path) == [on, table]
+    after = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path for path in after if after[path] != before.get(path)} == {on, table}
     made, before = launch.read(table), launch.shipped("sm_90")
     assert (made.rates["half"], made.memory, made.launch) == (350e12, 4e12, 2e-6)
     assert (made.rows, made.kernels, made.rates["tf32"]) == (before.rows, before.kernels, before.rates["tf32"])
@@ -223,6 +233,77 @@ def test_what_a_gpu_measured_is_adopted(benchmarks, tmp_path):
     path.write_text(json.dumps(report))
     assert benchmarks.predicted.measured("4096->4096", 8, path) == "2.00 (2.00)"
     assert benchmarks.predicted.measured("4096->4096", 16, path) == "not yet"
+
+
+GEMM = {"bfloat16": 700.0, "float32": 60.0}
+CONSTANTS = {"arch": "sm_90", "gemm_tflop_per_s": GEMM, "copy_bytes_per_s": 4e12, "launch_s": 2e-6}
+CONSTANTS |= {"chain_tflop_per_s": 350.0}
+
+
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        ([], "a report is a JSON object; got list"),
+        ({"dry": True, "constants": CONSTANTS}, "this one is of a dry run"),
+        ({"versions": {"torch": "2.11"}, "constants": CONSTANTS}, "this one is of a dry run"),
+        ({"dry": False}, "a report with constants; this one has none"),
+        *(
+            ({"dry": False, "constants": CONSTANTS | change}, message)
+            for change, message in [
+                ({"arch": "sm_86"}, "an architecture that the package has a launch table for; got sm_86"),
+                ({"arch": "../machines/cuda"}, "an architecture that the package has"),
+                ({"arch": None}, "constants: arch is a text; got None"),
+                ({"launch_s": 0.0}, "launch_s is a number from 1e-08 to 0.01; got 0.0"),
+                ({"launch_s": True}, "launch_s is .*; got True"),
+                ({"copy_bytes_per_s": math.nan}, "copy_bytes_per_s is .*; got nan"),
+                ({"copy_bytes_per_s": 1e3}, "copy_bytes_per_s is .*; got 1000.0"),
+                ({"chain_tflop_per_s": -1.0}, "chain_tflop_per_s is .*; got -1.0"),
+                ({"chain_tflop_per_s": math.inf}, "chain_tflop_per_s is .*; got inf"),
+                ({"gemm_tflop_per_s": GEMM | {"float32": 0.0}}, "gemm_tflop_per_s: float32 is .*; got 0.0"),
+                ({"gemm_tflop_per_s": None}, "gemm_tflop_per_s: bfloat16 is .*; got None"),
+            ]
+        ),
+    ],
+)
+def test_a_report_that_is_not_adopted_changes_nothing(benchmarks, package, report, message):
+    before = {path: path.read_text() for path in package.rglob("*.json")}
+    with pytest.raises(ValueError, match=message):
+        benchmarks.gpu_verdict.adopt(report, package)
+    assert {path: path.read_text() for path in package.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_both_tables_are_written_or_none(benchmarks, package, monkeypatch, at):
+    before = {path: path.read_text() for path in package.rglob("*.json")}
+    left, replace = iter(range(1, 3)), os.replace
+
+    def failing(source, target):
+        if next(left) == at:
+            raise OSError("no space left")
+        replace(source, target)
+
+    monkeypatch.setattr(benchmarks.gpu_verdict.os, "replace", failing)
+    with pytest.raises(OSError, match="no space left"):
+        benchmarks.gpu_verdict.adopt({"dry": False, "constants": CONSTANTS}, package)
+    assert {path: path.read_text() for path in package.rglob("*") if path.is_file()} == before
+
+
+def test_files_of_a_gpu_are_looked_at_before_the_work(benchmarks, tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text.json"
+    text.write_text("none")
+    for options, message in [
+        (("--adopt", tmp_path / "missing.json"), "No such file"),
+        (("--adopt", text), "no JSON"),
+        (("--adopt", text, "--out", tmp_path / "gpu.json"), "it goes without --out"),
+        (("--out", tmp_path / "missing" / "gpu.json"), "No such file"),
+        (("--out", tmp_path), "Is a directory"),
+    ]:
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, options)])
+        with pytest.raises(SystemExit) as caught:
+            benchmarks.gpu.main()
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["text.json"]
 
 
 def test_the_benchmark_of_a_gpu_runs_in_the_interpreter(tmp_path):
@@ -235,5 +316,10 @@ def test_the_benchmark_of_a_gpu_runs_in_the_interpreter(tmp_path):
     assert {record["kernel"] for record in report["parity"]} == {"fused", "fused_rebuild", "fused_khatri_rao"}
     assert report["lookups"][0]["parity"]["passed"]
     assert report["mlps"][0]["parity"]["passed"]
+    assert report["dry"] is True
+    command[2:] = ["--adopt", str(file)]
+    child = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert child.returncode == 2
+    assert "a report of a GPU; this one is of a dry run" in child.stderr
     assert report["targets"]
     assert all(one["passed"] for one in report["targets"])  # bytes saved are those of dense

@@ -163,6 +163,45 @@ def test_what_layers_draw_is_drawn_again():
     assert not tl.FactorizedMLP(16, 64)._may_draw()  # whose forward a CUDA graph can capture
 
 
+class _Scaled(tl.FactorizedLinear):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, input):
+        return super().forward(input) * self.scale
+
+
+def followed(kind):
+    """An MLP whose last layer does more than its product: the layer after it saves that product."""
+    up, down = (tl.FactorizedLinear(*sizes, format=tl.TT(3)) for sizes in ((16, 24), (24, 16)))
+    if kind == "normed":
+        down = nn.Sequential(down, nn.LayerNorm(16))
+    elif kind == "activated":
+        down = nn.Sequential(down, nn.GELU())
+    elif kind == "subclass":
+        up, down = _Scaled(16, 24, format=tl.TT(3)), _Scaled(24, 16, format=tl.TT(3))
+    elif kind == "hooked":
+        scale = nn.Parameter(torch.tensor(2.0))
+        down.register_parameter("scale", scale)
+        down.register_forward_hook(lambda module, args, output: output * scale)
+    elif kind == "patched":
+        for layer in (up, down):
+            layer.forward = lambda input, forward=layer.forward: forward(input).sin()
+    return tl.FactorizedMLP.from_layers(up, down)
+
+
+@pytest.mark.parametrize("kind", ["normed", "activated", "subclass", "hooked", "patched"])
+def test_layers_that_do_more_than_a_product(kind):
+    mlp, x = followed(kind), torch.randn(8, 16, requires_grad=True)
+    leaves = [x, *mlp.parameters()]
+    found = torch.autograd.grad(mlp(x).square().sum(), leaves)
+    for one, other in zip(found, torch.autograd.grad(mlp._plain(x).square().sum(), leaves), strict=True):
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), mlp._plain(x))
+
+
 def test_of_layers_that_there_are():
     up, down = nn.Linear(8, 12), tl.FactorizedLinear(12, 8)
     mlp = tl.FactorizedMLP.from_layers(up, down, activation="relu")
@@ -174,6 +213,12 @@ def test_of_layers_that_there_are():
         tl.FactorizedMLP.from_layers(up, down, activation="swiglu")
     with pytest.raises(ConversionError, match="gate"):
         tl.FactorizedMLP.from_layers(up, down, up, activation="relu")
+    with pytest.raises(ConversionError, match="up: as many out_features as down has in_features, 12; got 8"):
+        tl.FactorizedMLP.from_layers(nn.Linear(8, 8), down)
+    with pytest.raises(ConversionError, match="down: a layer; got None"):
+        tl.FactorizedMLP.from_layers(up, None)
+    with pytest.raises(NetworkError, match="hidden_features: at least 1; got 0"):
+        tl.FactorizedMLP(8, 0)
 
 
 @pytest.mark.parametrize("name", ["none", "tanh", "", None])

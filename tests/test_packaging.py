@@ -50,7 +50,8 @@ ORDER = [
     {"adjoint", "chain"},
     {"backend"},
     {"contraction", "precision"},
-    {"cost", "launch"},
+    {"launch"},
+    {"cost"},
     {"network", "machine", "timing", "activation"},
     {"errors"},
 ]

@@ -1,14 +1,18 @@
-"""Products of three tensors as sums of chains: every form that is found is the product."""
+"""Products of three tensors as sums of chains: every form that is found is the product; what a launch moves."""
 
 import string
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorlayers import launch
+from tensorlayers import fused, launch, machine
 from tensorlayers.chain import best, chains
+from tensorlayers.launch import Problem
+from tensorlayers.network import Network, linear_modes
+from tensorlayers.program import Task
 
 INDICES = "abcdefg"
 
@@ -83,3 +87,32 @@ def test_the_fastest_form_is_taken(swapped):
     problems = [one.problem(sizes, "half") for one in chains(operands, ("b", "o1", "o2"))]
     assert found.seconds == min(launch.launch(problem, table).seconds for problem in problems)
     assert chain.problem(sizes, "half").flops == min(problem.flops for problem in problems)
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [("half", 2), ("tf32", 4), ("float32", 4)])
+@pytest.mark.parametrize("processors", [1, 10**9], ids=["whole", "shared"])
+def test_the_bytes_of_a_launch(dtype, itemsize, processors):
+    """Parts are float32; the kernel that adds them reads them all and writes the result."""
+    problem, table = Problem((2, 3), 20, 64, 48, 64, 64, False, True, dtype), launch.shipped("sm_90")
+    found = launch.launch(problem, replace(table, processors=processors, step=1e-12 if processors == 1 else 1.0))
+    result = 2 * 3 * 64 * 48
+    assert (found.parts > 1) == (processors > 1)
+    assert found.stored == found.parts * result
+    moved = found.stored * itemsize if found.parts == 1 else 2 * 4 * found.stored + result * itemsize
+    assert found.cost.bytes(itemsize) == found.loaded * itemsize + moved
+    assert found.cost.flops == found.flops
+
+
+def test_a_program_counts_the_adding_of_parts():
+    """At a single row the steps of TT(0.1) of 4096 x 4096 are shared."""
+    operands, result = (("o1", "i1", "r"), ("r", "o2", "i2")), ("batch", "o1", "o2")
+    network = Network(operands, {"r": 204}, linear_modes((64, 64), (64, 64)))
+    rows, sizes = ("batch", "i1", "i2"), {**network.size, "batch": 1}
+    _, found = best((rows, *operands), result, sizes, "half", launch.table("sm_90"))
+    task = Task(1, dtype="bfloat16", itemsize=2, arch="sm_90")
+    made = fused.candidate(network, task, machine.shipped("cuda"))
+    assert found.parts > 1
+    assert made.launches == 2
+    assert made.cost == found.cost
+    assert made.seconds == found.seconds
+    assert made.cost.bytes(2) == 2 * found.loaded + 8 * found.stored + 2 * 4096

@@ -275,6 +275,15 @@ class TestKernels:
             layer_of(tl.TT)(torch.zeros(1))
         assert backend.mode() == "auto"
 
+    def test_blocks_may_end_in_any_order(self):
+        one, other = tl.use_kernels("triton"), tl.use_kernels("torch")
+        one.__enter__()
+        other.__enter__()
+        one.__exit__(None, None, None)
+        assert backend.mode() == "torch"
+        other.__exit__(None, None, None)
+        assert backend.mode() == "auto"
+
 
 def test_autocast_is_followed():
     layer, x = layer_of(tl.TT), torch.randn(300, 64)

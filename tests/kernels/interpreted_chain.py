@@ -1,8 +1,8 @@
 """The chain kernel in Triton's interpreter, against float64.
 
-Not collected by itself: Triton decides on import whether it interprets, so test_chain.py runs this file in a process of
-its own, with ``TRITON_INTERPRET=1``. The interpreter has no bfloat16 (it computes on bit patterns): inputs are rounded
-to bfloat16 and multiplied in float32 instead, and test_chain.py compiles the bfloat16 kernel.
+Not collected by itself: Triton decides on import whether it interprets, so test_interpreted.py runs this file in a
+process of its own, with ``TRITON_INTERPRET=1``. The interpreter has no bfloat16 (it computes on bit patterns): inputs
+are rounded to bfloat16 and multiplied in float32 instead, and test_aot.py compiles the bfloat16 kernel.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tensorlayers import launch
 from tensorlayers.chain import Chain, chains
 from tensorlayers.errors import KernelError
 from tensorlayers.kernels import chain as kernel
+from tensorlayers.launch import Launch
 from tests.kernels.support import HALF, SINGLE, TOLERANCE, Watch, error, within_nan
 
 FORMS = {  # the indices of three operands and of the result
@@ -82,6 +84,34 @@ def cheap(form: str, sizes: dict[str, int]) -> list[Chain]:
     return sorted(found, key=lambda one: launch.launch(one.problem(sizes, "half"), table).programs)[:1]
 
 
+def run_watched(watch: Watch, given: Sequence[Tensor], activation: str = "none") -> tuple[Tensor, Launch]:
+    """Run the kernel on views within NaN; the fourth is the result, a fifth a bias. What it touches is as counted."""
+    views, blocks = zip(*map(within_nan, given), strict=True)
+    for view, around in zip(views, blocks, strict=True):
+        watch.add(view, around)
+    make = Tensor.new_empty
+
+    def noted(like: Tensor, size: Sequence[int], **options: Any) -> Tensor:
+        return watch.sums(size) if options.get("dtype") == SINGLE else make(like, size, **options)
+
+    before = (*watch.counts(), watch.bytes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", noted)  # the partial sums; the interpreter's own have no dtype
+        kernel.run(*views, activation=activation)
+    after = (*watch.counts(), watch.bytes)
+    loaded, stored, flops, moved = (now - then for now, then in zip(after, before, strict=True))
+    out = views[3]
+    counted = launch.launch(kernel.problem(*views[:4], activation), launch.table(launch.DEFAULT))
+    added, whole = (0, 0) if counted.parts == 1 else (counted.stored, out.numel())
+    of_bias = out.numel() * (len(given) - 4)
+    assert flops == counted.flops == counted.cost.flops
+    assert loaded == counted.loaded + added + of_bias
+    assert stored == counted.stored + whole
+    assert moved == counted.cost.bytes(out.element_size()) + of_bias * views[-1].element_size()
+    assert blocks[3].isnan().sum() == blocks[3].numel() - out.numel()
+    return out, counted
+
+
 @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("form", FORMS)
@@ -89,21 +119,9 @@ def test_parity_within_its_own_memory_and_as_counted(watch: Watch, form: str, si
     sizes = sizes_for(form, size, dtype)
     tensors, expected = drawn(form, sizes, dtype)
     for how in cheap(form, sizes):
-        operands, blocks = zip(*map(within_nan, how.views(tensors, sizes)), strict=True)
-        out, block = within_nan(how.as_result(torch.full_like(expected, math.nan, dtype=dtype), how.result, sizes))
-        for view, around in zip((*operands, out), (*blocks, block), strict=True):
-            watch.add(view, around)
-        before = watch.counts()
-        kernel.run(*operands, out)
-        counted = launch.launch(kernel.problem(*operands, out), launch.table(launch.DEFAULT))
-        loaded, stored, flops = (after - start for after, start in zip(watch.counts(), before, strict=True))
-        h1, h2, _, m, n, *_ = how.roles
-        wanted = how.as_result(expected, how.result, sizes)
-        assert error(out, wanted) < TOLERANCE[dtype], (h1, h2, m, n)
-        assert block.isnan().sum() == block.numel() - out.numel()
-        assert flops == counted.flops
-        assert loaded == counted.loaded
-        assert stored == (counted.stored if counted.parts == 1 else out.numel())
+        out = how.as_result(torch.full_like(expected, math.nan, dtype=dtype), how.result, sizes)
+        found, _ = run_watched(watch, [*how.views(tensors, sizes), out])
+        assert error(found, how.as_result(expected, how.result, sizes)) < TOLERANCE[dtype], how.roles
 
 
 def test_bfloat16_by_emulation() -> None:
@@ -119,7 +137,7 @@ def test_bfloat16_by_emulation() -> None:
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
 @pytest.mark.parametrize("activation", ["none", "relu", "silu", "gelu", "gelu_tanh"])
-def test_bias_and_activation(activation: str, dtype: torch.dtype) -> None:
+def test_bias_and_activation(watch: Watch, activation: str, dtype: torch.dtype) -> None:
     apply = {"none": lambda y: y, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh")}.get(
         activation, getattr(F, activation, None)
     )
@@ -128,23 +146,24 @@ def test_bias_and_activation(activation: str, dtype: torch.dtype) -> None:
         tensors, expected = drawn(form, sizes, dtype)
         bias = torch.randn([sizes[index] for index in FORMS[form][-1][1:]]).to(dtype)
         how = cheap(form, sizes)[0]
-        out = torch.full_like(expected, math.nan, dtype=dtype)
+        out = how.as_result(torch.full_like(expected, math.nan, dtype=dtype), how.result, sizes)
         along = how.as_result(bias, how.result[1:], sizes)
-        kernel.run(*how.views(tensors, sizes), how.as_result(out, how.result, sizes), along, activation)
+        found, counted = run_watched(watch, [*how.views(tensors, sizes), out, along], activation)
+        assert (counted.parts > 1) == (launch.table(launch.DEFAULT).processors > 1)
         assert apply is not None
-        assert error(out, apply(expected + bias.double())) < 2 * TOLERANCE[dtype]  # of the sum and of the bias
+        wanted = how.as_result(apply(expected + bias.double()), how.result, sizes)
+        assert error(found, wanted) < 2 * TOLERANCE[dtype]  # of the sum and of the bias
 
 
-def test_a_bias_that_differs_from_head_to_head() -> None:
+def test_a_bias_that_differs_from_head_to_head(watch: Watch) -> None:
     sizes, form = SIZES["primes"], "two cores of a train"
     tensors, expected = drawn(form, sizes, HALF)
     bias = torch.randn(sizes["o1"], sizes["o2"])
     how = next(one for one in chains(FORMS[form][:3], FORMS[form][3]) if one.roles[0] == ("o1",))
-    out = torch.full_like(expected, math.nan, dtype=HALF)
-    kernel.run(
-        *how.views(tensors, sizes), how.as_result(out, how.result, sizes), how.as_result(bias, ("o1", "o2"), sizes)
-    )
-    assert error(out, expected + bias.double()) < 2 * TOLERANCE[HALF]
+    out = how.as_result(torch.full_like(expected, math.nan, dtype=HALF), how.result, sizes)
+    found, counted = run_watched(watch, [*how.views(tensors, sizes), out, how.as_result(bias, ("o1", "o2"), sizes)])
+    assert (counted.parts > 1) == (launch.table(launch.DEFAULT).processors > 1)
+    assert error(found, how.as_result(expected + bias.double(), how.result, sizes)) < 2 * TOLERANCE[HALF]
 
 
 def test_operands_of_any_strides() -> None:

@@ -1,6 +1,6 @@
 """Layers whose products run by Triton kernels, in the interpreter: differentiation, transforms, compilation, dispatch.
 
-Run by test_layers.py in a process of its own, as interpreted_chain.py is.
+Run by test_interpreted.py in a process of its own, as interpreted_chain.py is.
 """
 
 from __future__ import annotations

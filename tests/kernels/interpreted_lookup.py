@@ -1,6 +1,6 @@
 """The lookup kernels in Triton's interpreter, against float64.
 
-Not collected by itself: test_lookup_kernel.py runs this file in a process of its own, with ``TRITON_INTERPRET=1``.
+Not collected by itself: test_interpreted.py runs this file in a process of its own, with ``TRITON_INTERPRET=1``.
 bfloat16, which the interpreter lacks, is rounded to and multiplied in float32.
 """
 

@@ -1,6 +1,6 @@
 """Embeddings by the lookup kernels in Triton's interpreter, against the dense table in float64.
 
-Not collected by itself: test_lookup_kernel.py runs this file in a process of its own, with ``TRITON_INTERPRET=1``.
+Not collected by itself: test_interpreted.py runs this file in a process of its own, with ``TRITON_INTERPRET=1``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The rebuild kernel, and programs that build the dense weight by it, in Triton's interpreter, against float64.
 
-Not collected by itself: Triton decides on import whether it interprets, so test_rebuild.py runs this file in a process
-of its own, with ``TRITON_INTERPRET=1``. It has no bfloat16: inputs are rounded to that and multiplied in float32.
+Not collected by itself: Triton decides on import whether it interprets, so test_interpreted.py runs this file in a
+process of its own, with ``TRITON_INTERPRET=1``. It has no bfloat16: inputs are rounded to that and multiplied in
+float32.
 """
 
 from __future__ import annotations

@@ -45,13 +45,13 @@ def within_nan(tensor: Tensor) -> tuple[Tensor, Tensor]:
 class Watch:
     """The interpreter: every address that it touches within a block is checked to lie in that block's view.
 
-    It counts the elements that are loaded from and stored to blocks, and the FLOPs of matrix products.
+    It counts the elements that are loaded from and stored to blocks, their bytes, and the FLOPs of matrix products.
     """
 
     def __init__(self, memory: Any) -> None:
         self._memory = memory
         self._blocks: list[tuple[Tensor, np.ndarray]] = []
-        self.loaded = self.stored = self.flops = 0
+        self.loaded = self.stored = self.flops = self.bytes = 0
 
     def counts(self) -> tuple[int, int, int]:
         return self.loaded, self.stored, self.flops
@@ -65,6 +65,14 @@ class Watch:
         inside[first + offsets.flatten().numpy()] = True
         self._blocks.append((block, inside))
 
+    def sums(self, shape: Sequence[int]) -> Tensor:
+        """Where programs write partial sums: float32 and contiguous, within a larger NaN-filled block; added."""
+        count, margin = math.prod(shape), 64
+        block = torch.full((count + 2 * margin,), math.nan)
+        sums = block[margin : margin + count].view(*shape)
+        self.add(sums, block)
+        return sums
+
     def _check(self, pointers: np.ndarray, mask: np.ndarray) -> int:
         pointers = pointers[mask].astype(np.int64)
         touched = 0
@@ -74,6 +82,7 @@ class Watch:
             if not inside[within // block.element_size()].all():
                 raise IndexError("memory beside a tensor is touched")
             touched += within.size
+            self.bytes += within.size * block.element_size()
         return touched
 
     def load(self, pointers: np.ndarray, mask: np.ndarray, *rest: Any) -> Any:

@@ -6,7 +6,6 @@ The kernels are interpreted in a process of their own; test_aot.py compiles them
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +14,6 @@ from tensorlayers.formats import BTT, CP, TT, Format, LowRank, Tucker
 from tensorlayers.fused_khatri_rao import FusedKhatriRao, Side, candidate, sides
 from tensorlayers.network import Mode, Network, linear_modes
 from tensorlayers.program import Task
-from tests.kernels.process import passes
 
 MODES = linear_modes((6, 7), (8, 9))
 
@@ -75,7 +73,3 @@ def test_no_gradient_holds_more_than_the_dense_weight() -> None:
         found = candidate(network, Task(rows, True, True, "bfloat16", 2, "sm_90"), on)
         assert found is not None
         assert found.largest <= 4096 * 4096
-
-
-def test_interpreter_parity(pytestconfig: pytest.Config, tmp_path: Path) -> None:
-    passes("interpreted_khatri_rao.py", pytestconfig, tmp_path)

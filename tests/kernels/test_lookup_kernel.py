@@ -5,8 +5,6 @@ They are interpreted in a process of their own.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -16,7 +14,6 @@ from tensorlayers.formats import BTT, CP, TT, Format, LowRank, Tucker
 from tensorlayers.kernels import lookup, lookup_gradients
 from tensorlayers.kernels.lookup import Shape, Site, sites, tiles, train
 from tensorlayers.network import Mode, Network
-from tests.kernels.process import passes
 
 
 def network_of(rows: int, columns: int, format: Format) -> Network:
@@ -158,8 +155,3 @@ def test_dtypes_are_refused() -> None:
         lookup.run(ids, [a.bfloat16(), b.bfloat16()], chain, 6)
     with pytest.raises(KernelError, match="one dtype"):
         lookup_gradients.run(grad.half(), ids, [a, b], chain, [True, True])
-
-
-@pytest.mark.parametrize("file", ["interpreted_lookup.py", "interpreted_lookup_layers.py"])
-def test_interpreter_parity(file: str, pytestconfig: pytest.Config, tmp_path: Path) -> None:
-    passes(file, pytestconfig, tmp_path)

@@ -6,7 +6,6 @@ The kernel is interpreted in a process of its own; test_aot.py compiles it.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +16,6 @@ from tensorlayers.network import Mode, Network, linear_modes
 from tensorlayers.program import Task
 from tensorlayers.rebuild import Problem, form, tiles_for
 from tensorlayers.rebuild import launch as planned
-from tests.kernels.process import passes
 
 ON = machine.shipped("cuda")
 KRONECKER = ModeProducts(in_modes=(8, 8), out_modes=(8, 8))
@@ -119,7 +117,3 @@ def test_tiles_are_no_larger_than_the_problem() -> None:
     assert tiles_for(Problem(1, 3, 70, 5), largest) == (128, 64, 16, 8, 3)
     assert tiles_for(Problem(1, 33, 33, 17), largest) == (64, 64, 32, 4, 3)
     assert tiles_for(Problem(1, 1, 1, 1), largest) == (16, 16, 16, 4, 3)
-
-
-def test_interpreter_parity(pytestconfig: pytest.Config, tmp_path: Path) -> None:
-    passes("interpreted_rebuild.py", pytestconfig, tmp_path)
