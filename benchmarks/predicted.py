@@ -2,7 +2,8 @@
 
     python benchmarks/predicted.py
 
-Beside it stands what benchmarks/gpu.py measured, once it has: forward (training).
+Beside it stands what benchmarks/gpu.py measured, once it has: forward (training). Below, few rows at a tenth of the
+parameters, forward.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from common import ROOT
 
-from tensorlayers import TT, decision, machine
+from tensorlayers import CP, TT, LowRank, decision, machine
 from tensorlayers.network import linear_axes
 
 ROWS, DTYPE = 4096, "bfloat16"
@@ -34,7 +35,7 @@ def measured(name: str, rank: int, path: Path = MEASURED) -> str:
 
 
 def main() -> None:
-    """Print the rows of README's table."""
+    """Print the rows of README's table, and the figures below it."""
     on = machine.shipped("cuda")
     for columns, features, ranks in ((4096, 4096, (4, 8, 12, 16)), (768, 3072, (8,)), (1024, 4096, (8,))):
         for rank in ranks:
@@ -45,6 +46,13 @@ def main() -> None:
             training = both / decision.training_seconds(network, ROWS, on, DTYPE)
             found = measured(f"{columns}->{features}", rank)
             print(f"| {columns} -> {features}, `TT({rank})` | {forward:.2f} | {training:.2f} | {found} |")
+    for format in (LowRank(0.1), TT(0.1), CP(0.1)):
+        network, _ = format.resolve(linear_axes(4096, 4096))
+        ratios = []
+        for rows in (1, 4, 16):
+            dense = decision.dense_seconds(4096, 4096, rows, on, dtype=DTYPE)
+            ratios.append(dense / decision.predicted(network, decision.planned_task(rows, on, DTYPE), on))
+        print(f"4096 -> 4096, {format}, 1, 4, 16 rows: " + ", ".join(f"{ratio:.2f}" for ratio in ratios))
 
 
 if __name__ == "__main__":

@@ -209,6 +209,8 @@ def _without_kernels(rows: Tensor) -> str:
     reason = backend.refusal(rows.device.type, dtype)
     if reason is None and dtype == "float32" and rows.is_cuda:
         reason = dispatch.FULL_PRECISION
+    if reason is None and rows.is_cpu and backend.mode() == "auto":
+        reason = "on the CPU, in Triton's interpreter, only where it is demanded"
     return reason or "use_kernels, or what the layer demands, switches it off"
 
 
