@@ -28,8 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.aot_cases import Case, cases
-from tensorlayers import launch
-from tensorlayers.launch import Table
+from tensorlayers import launch_tables
+from tensorlayers.launch_tables import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "tf32": "*fp32"}
@@ -104,7 +104,7 @@ def faults(case: Case, usage: Usage, table: Table) -> list[str]:
 def sources() -> str:
     """The hash of all that is compiled: the kernels and the launch tables."""
     digest = hashlib.sha256()
-    files = [*(ROOT / "kernels").glob("*.py"), *launch.SHIPPED.glob("*.json")]
+    files = [*(ROOT / "kernels").glob("*.py"), *launch_tables.SHIPPED.glob("*.json")]
     for path in sorted(files, key=lambda path: path.name):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
@@ -117,7 +117,7 @@ def _usage(number: int, arch: str) -> Usage:
 
 def measured(arch: str) -> tuple[dict[str, dict[str, int]], list[str]]:
     """For each row and dtype the most that any layout takes; and what is wrong."""
-    table, rows, wrong = launch.shipped(arch), {}, []
+    table, rows, wrong = launch_tables.shipped(arch), {}, []
     every = cases(arch)
     with ProcessPoolExecutor() as pool:
         usages = list(pool.map(_usage, range(len(every)), itertools.repeat(arch)))
@@ -133,7 +133,8 @@ def measured(arch: str) -> tuple[dict[str, dict[str, int]], list[str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", choices=launch.architectures(), default=launch.architectures())
+    known = launch_tables.architectures()
+    parser.add_argument("--arch", nargs="+", choices=known, default=known)
     parser.add_argument("--out", type=Path, help="the JSON file, in which other versions of Triton are kept")
     given = parser.parse_args(arguments)
     wrong: list[str] = []

@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tensorlayers import launch, rebuild
+from tensorlayers import launch_tables, rebuild
 from tensorlayers.kernels import chain, khatri_rao, lookup, lookup_gradients
 from tensorlayers.kernels import rebuild as rebuild_module
 from tensorlayers.kernels.operands import options
-from tensorlayers.launch import Table
+from tensorlayers.launch_tables import Table
 
 HALF = ("bfloat16", "float16")
 
@@ -73,7 +73,7 @@ def chain_cases(table: Table) -> Iterator[Case]:
         for layout in ("narrow, sums", "bare", "activated", "plain" if row.aligned else "free strides"):
             is_activated, is_free = layout == "activated", layout == "free strides"
             if layout == "narrow, sums":
-                tiles = tiles._replace(n=launch.LEAST, p=launch.LEAST, q=launch.LEAST)
+                tiles = tiles._replace(n=launch_tables.LEAST, p=launch_tables.LEAST, q=launch_tables.LEAST)
             else:
                 tiles = row.tiles
             heads = max(1, tiles.heads // 2) if is_activated else tiles.heads
@@ -222,4 +222,4 @@ CASES = (chain_cases, rebuild_cases, khatri_rao_cases, lookup_cases, finish_case
 
 def cases(arch: str) -> list[Case]:
     """All of an architecture."""
-    return [case for kind in CASES for case in kind(launch.shipped(arch))]
+    return [case for kind in CASES for case in kind(launch_tables.shipped(arch))]

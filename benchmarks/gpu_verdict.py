@@ -13,7 +13,7 @@ import gpu_cases as cases
 from gpu_cases import ROOT, Record
 from gpu_sections import TIMED
 
-from tensorlayers import launch, machine
+from tensorlayers import launch_tables, machine
 
 WAYS = ("forward", "training")
 FORWARD = {4: 3.3, 8: 1.9, 12: 1.25, 16: 0.95}
@@ -143,7 +143,7 @@ def constants(report: Record) -> Record:
         for name in ("bfloat16", "float32")
     }
     return {
-        "arch": launch.architecture(cases.device),
+        "arch": launch_tables.architecture(cases.device),
         "gemm_tflop_per_s": best,
         "copy_bytes_per_s": roof["copy_bytes_per_s"],
         "launch_s": roof["launch_s"],
@@ -184,7 +184,7 @@ def adopt(report: Record, folder: Path = ROOT / "tensorlayers") -> list[Path]:
         table["rates.half"] = found["chain_tflop_per_s"] * 1e12
     paths = [folder / "machines" / "cuda.json", path]
     texts = [_changed(one, changes) for one, changes in zip(paths, (on, table), strict=True)]
-    _write_all(dict(zip(paths, texts, strict=True)), (machine.read, lambda new: launch.read(new, found["arch"])))
+    _write_all(dict(zip(paths, texts, strict=True)), (machine.read, lambda new: launch_tables.read(new, found["arch"])))
     return paths
 
 

@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tensorlayers import launch as launches
 from tensorlayers.activation import activation as activation_of
 from tensorlayers.kernels.operands import elements, is_aligned, options, precision, strides
-from tensorlayers.launch import Problem, Table
+from tensorlayers.launch import launch
+from tensorlayers.launch_tables import Problem, Table, device_table
 
 PARTS, SIZE = 32, 128  # parts that a program of `finish_kernel` adds at a time, and elements
 
@@ -211,8 +211,8 @@ def run(
         out.copy_(activation_of(activation)(out.new_zeros(()) if bias is None else bias))
         return
     sizes = problem(left, middle, right, out, activation)
-    table = table or launches.table(launches.architecture(out.device))
-    found = launches.launch(sizes, table)
+    table = table or device_table(out.device)
+    found = launch(sizes, table)
     (h1, h2), tiles = sizes.heads, found.tiles
     biased = bias is not None
     given = out if bias is None else bias  # not read without one

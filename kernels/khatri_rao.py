@@ -22,12 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tensorlayers import launch as launches
 from tensorlayers.activation import activation as activation_of
 from tensorlayers.chain import packed
 from tensorlayers.fused_khatri_rao import Launch, contract_launch, expand_launch
 from tensorlayers.kernels.chain import finish
 from tensorlayers.kernels.operands import elements, options, precision
+from tensorlayers.launch_tables import device_table
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def contract(
         return
     u, v = packed(u), packed(v)
     batch, i1, i2 = x.shape
-    table = launches.table(launches.architecture(out.device))
+    table = device_table(out.device)
     found = contract_launch(batch, i1, i2, u.shape[1], dtype, table)
     sums = out if found.parts == 1 else _sums(found, out)
     with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
@@ -188,7 +188,7 @@ def expand(
         return
     p, q = packed(p), packed(q)
     batch, o1, o2 = out.shape
-    table = launches.table(launches.architecture(out.device))
+    table = device_table(out.device)
     found = expand_launch(batch, o1, o2, z.shape[1], dtype, table)
     given = out[0] if bias is None else bias  # not read without one
     # To address single elements, or to activate them, takes registers that hold sums there; `finish` has them.

@@ -24,9 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tensorlayers import launch as launches
+from tensorlayers.cost import Cost
 from tensorlayers.kernels.operands import elements, options, precision
-from tensorlayers.launch import blocks, fitted
+from tensorlayers.launch import blocks, fitted, is_aligned
+from tensorlayers.launch_tables import Table, device_table, itemsize
 from tensorlayers.network import Network
 
 PROGRAMS = 8  # that a processor shall have at least, before one takes several ids
@@ -212,7 +213,7 @@ def shape(cores: Sequence[Sequence[int]]) -> Shape:
     return Shape(m, heads, n, p, q, True)
 
 
-def configuration(kernel: str, dtype: str, table: launches.Table) -> dict[str, int]:
+def configuration(kernel: str, dtype: str, table: Table) -> dict[str, int]:
     """The entry of a launch table.
 
     It has the largest tile of a column mode and of a bond, the elements of the largest tile that a warp takes
@@ -235,12 +236,7 @@ def are_aligned(views: Sequence[Tensor], chain: Sequence[Site], rows: Tensor) ->
     spacings = [site.spacing * rows.stride(1) for site in chain]
     layouts: list[tuple[Sequence[int], Sequence[int]]] = [(view.shape, view.stride()) for view in views]
     layouts.append(([view.shape[2] for view in views], spacings))
-    return all(launches.is_aligned(sizes, _of_many(sizes, strides)) for sizes, strides in layouts)
-
-
-def _of_many(sizes: Sequence[int], strides: Sequence[int]) -> list[int]:
-    """Strides, 0 along axes of size 1, which are never stepped along."""
-    return [stride if size > 1 else 0 for size, stride in zip(sizes, strides, strict=True)]
+    return all(is_aligned(sizes, strides) for sizes, strides in layouts)
 
 
 def shares(count: int, of: Shape, to: Tiles, processors: int) -> tuple[int, int]:
@@ -264,19 +260,20 @@ def counts(count: int, width: int, of: Shape, to: Tiles, heads_share: int) -> Co
     return Counts(count * of.heads * m_tiles * n_tiles * flops, count * loaded, count * width)
 
 
-def seconds(network: Network, dtype: str, table: launches.Table) -> float:
-    """The predicted time of one row among many: of the arithmetic, the slices from the cache, or the row to memory."""
+def predicted(network: Network, dtype: str, table: Table) -> tuple[Cost, float]:
+    """Of one row among many: FLOPs and elements moved, and seconds, which are those of the arithmetic, of the slices
+    from the cache, or of the row to memory."""
     chain = sites(train(network) or ())
     sizes = [(*network.core_shapes[site.core], 1) for site in chain]  # -1: the last of them
     of = shape([[sizes[k][axis] for axis in site[1:5]] for k, site in enumerate(chain)])
     made = counts(1, network.features("out"), of, tiles(of, configuration("lookup", dtype, table)), of.heads)
-    itemsize = 2 if dtype == "half" else 4
-    return max(
+    seconds = max(
         # The rates of the table are those of large tiles; small ones wait for their operands.
         made.flops / (table.rates[dtype] * (1.0 if dtype == "float32" else 0.25)),
-        (made.loaded + made.stored) * itemsize / table.cache,
-        made.stored * itemsize / table.memory,
+        (made.loaded + made.stored) * itemsize(dtype) / table.cache,
+        made.stored * itemsize(dtype) / table.memory,
     )
+    return Cost(made.flops, made.loaded + made.stored), seconds
 
 
 def run(ids: Tensor, cores: Sequence[Tensor], chain: Sequence[int], width: int) -> Tensor:
@@ -317,7 +314,7 @@ def write(ids: Tensor, cores: Sequence[Tensor], chain: Sequence[int], out: Tenso
     views = [site.view(cores[site.core]) for site in along]
     count, width = out.shape
     of = shape([view.shape for view in views])
-    table = launches.table(launches.architecture(out.device))
+    table = device_table(out.device)
     to = tiles(of, configuration("lookup", dtype, table), are_aligned(views, along, out))
     share, heads_share = shares(count, of, to, table.processors)
     programs = blocks(count, share) * blocks(of.heads, heads_share) * blocks(of.m, to.m) * blocks(of.n, to.n)

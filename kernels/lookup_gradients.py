@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tensorlayers import launch as launches
 from tensorlayers.kernels.chain import added
 from tensorlayers.kernels.lookup import (
     PROGRAMS,
@@ -40,6 +39,7 @@ from tensorlayers.kernels.lookup import (
 )
 from tensorlayers.kernels.operands import elements, options, precision
 from tensorlayers.launch import blocks
+from tensorlayers.launch_tables import device_table
 
 PARTS, SIZE = 16, 64  # pieces that a program of `finish_kernel` adds at a time, and elements that it takes
 
@@ -276,7 +276,7 @@ def _launch(
     grad, ids, aligned = given
     values, heads, m, n = out.shape
     dtype = elements("lookup_gradients", (grad, out))
-    table = launches.table(launches.architecture(out.device))
+    table = device_table(out.device)
     to = tiles(of, configuration("lookup_gradients", dtype, table), aligned)
     cut = pieces(ids, divisor, values, share_of(len(ids), heads, of, to, table.processors))
     sums = _partial(out, cut.numbers)

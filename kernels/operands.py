@@ -54,7 +54,7 @@ def strides(operand: Tensor) -> list[int]:
 
 def is_aligned(operand: Tensor, *axes: int) -> bool:
     """Whether Triton can see that an operand is addressed in vectors, along one of these axes (or any)."""
-    return launch.is_aligned(operand.shape, strides(operand), axes)
+    return launch.is_aligned(operand.shape, operand.stride(), axes)
 
 
 def options(warps: int, stages: int, many_registers: bool = False) -> dict[str, int | bool]:

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tensorlayers import launch as launches
 from tensorlayers.kernels.operands import elements, is_aligned, options, precision, strides
+from tensorlayers.launch_tables import device_table
 from tensorlayers.rebuild import Problem, launch
 
 
@@ -86,7 +86,7 @@ def run(
     if out.numel() == 0:
         return
     sizes = problem(left, right, out)
-    found = launch(sizes, launches.table(launches.architecture(out.device)))
+    found = launch(sizes, device_table(out.device))
     tiles = found.tiles
     with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
         rebuild_kernel[(found.programs,)](

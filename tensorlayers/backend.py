@@ -16,8 +16,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import launch
+from . import launch_tables
 from .errors import KernelError
+
+SWITCHED_OFF = "use_kernels, or what the layer demands, switches it off"
+INTERPRETED = "on the CPU, in Triton's interpreter, only where it is demanded"
+"""Why a kernel does not run that could."""
 
 _mode = "auto"
 _entered: list[list[str]] = []  # the blocks that are open, each a list of its own, so that it is found again
@@ -90,7 +94,7 @@ def refusal(device: str, dtype: str) -> str | None:
         return "Triton is not installed"
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "on the CPU Triton needs its interpreter"
-    return launch.refusal(launch.architecture(device)) if device == "cuda" else None
+    return launch_tables.refusal(launch_tables.architecture(device)) if device == "cuda" else None
 
 
 @lru_cache(maxsize=1)

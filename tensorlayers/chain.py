@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .contraction import BATCH
-from .launch import VECTOR, Launch, Problem, Table, is_aligned, launch
+from .launch import VECTOR, Launch, is_aligned, launch
+from .launch_tables import Problem, Table
 
 Indices = tuple[str, ...]
 

@@ -28,6 +28,9 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.flops + other.flops, self.elements + other.elements)
 
+    def __mul__(self, times: int) -> Cost:
+        return Cost(self.flops * times, self.elements * times)
+
     @property
     def macs(self) -> int:
         """Multiply-accumulates: half the FLOPs."""

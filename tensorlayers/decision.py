@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import backend, fused, fused_khatri_rao, fused_rebuild
 from .errors import KernelError
-from .launch import architecture, refusal
+from .launch_tables import architecture, refusal
 from .lowering import candidates, chunked
 from .machine import Machine, machine
 from .network import Network

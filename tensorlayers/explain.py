@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from . import backend, decision, dispatch, small, table
+from . import backend, decision, dispatch, fused_lookup, lookup_plan, small, table
 from .cost import Cost, dense_linear
 from .errors import NetworkError
-from .layers import FactorizedLayer, FactorizedLinear, TensorContraction, TensorRegression
+from .fused_lookup import Estimate
+from .launch_tables import device_table
+from .layers import (
+    FactorizedEmbedding,
+    FactorizedEmbeddingBag,
+    FactorizedLayer,
+    FactorizedLinear,
+    TensorContraction,
+    TensorRegression,
+)
 from .machine import Machine
 from .network import Network
 from .precision import cast_for_autocast, multiplied_as
@@ -22,7 +32,10 @@ from .slices import slices
 FROZEN, STORED = "dense (frozen)", " (stored)"
 
 Linear = FactorizedLinear | TensorRegression | TensorContraction
-"""The layers that are a linear product, which can be explained."""
+"""The layers that are a linear product, which can be explained ..."""
+
+Lookup = FactorizedEmbedding | FactorizedEmbeddingBag
+"""... and those that are a lookup."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +45,11 @@ class Row:
     Parameters
     ----------
     name : str
-        One of `dispatch.NAMES`; `FROZEN`, torch's own layer, which is there to compare with too; one of these names
-        and `STORED`, a plain chain whose activations are kept for backward; or `small.NAME`, a plain chain because the
-        product is small. The estimate of a plain chain is that of the option it carries out, the most that its
-        gradients take.
+        Of a product one of `dispatch.NAMES`; `FROZEN`, torch's own layer, which is there to compare with too; one of
+        these names and `STORED`, a plain chain whose activations are kept for backward; or `small.NAME`, a plain chain
+        because the product is small. The estimate of a plain chain is that of the option it carries out, the most that
+        its gradients take. Of a lookup "contraction", of slices that are gathered, or a Triton kernel, "lookup" and
+        for the gradients "lookup_gradients", of which there is no estimate; or `FROZEN`.
     seconds : float or None
         The predicted time at the number of rows given, in seconds; None where there is no estimate.
     cost : Cost or None
@@ -112,10 +126,10 @@ def explain(layer: FactorizedLayer, x: Tensor, *, training: bool | None = None) 
 
     Parameters
     ----------
-    layer : FactorizedLinear, TensorRegression or TensorContraction
+    layer : FactorizedLinear, TensorRegression, TensorContraction, FactorizedEmbedding or FactorizedEmbeddingBag
     x : Tensor
-        ``(*batch, in_features)`` or ``(*batch, *in_shape)``; its shape, dtype, device and requires_grad are used, not
-        its values.
+        ``(*batch, in_features)`` or ``(*batch, *in_shape)``, or ids of any shape; its shape, dtype, device and
+        requires_grad are used, not its values.
     training : bool, optional
         Whether gradients are explained too. By default where a forward now would record them.
 
@@ -127,7 +141,7 @@ def explain(layer: FactorizedLayer, x: Tensor, *, training: bool | None = None) 
     Raises
     ------
     NetworkError
-        If the layer is no linear product, or the input does not fit.
+        If the layer is no linear product and no lookup, or the input does not fit.
     KernelError
         If an implementation is demanded that there is not for this network, or a kernel that does not support the call.
 
@@ -139,9 +153,11 @@ def explain(layer: FactorizedLayer, x: Tensor, *, training: bool | None = None) 
     >>> explain(layer, torch.zeros(256, 768)).chosen
     'contraction'
     """
+    if isinstance(layer, Lookup):
+        return _explain_lookup(layer, x, training)
     if not isinstance(layer, Linear):
-        known = ", ".join(kind.__name__ for kind in get_args(Linear))
-        raise NetworkError(f"explain: linear products, those of {known}; got {type(layer).__name__}")
+        known = ", ".join(kind.__name__ for kind in (*get_args(Linear), *get_args(Lookup)))
+        raise NetworkError(f"explain: linear products and lookups, those of {known}; got {type(layer).__name__}")
     shape = _shape(layer, "in")
     if not isinstance(x, Tensor) or x.shape[-len(shape) :] != shape:
         expected = f"dimension is in_features = {shape[0]}" if len(shape) == 1 else f"dimensions are in_shape = {shape}"
@@ -159,15 +175,20 @@ def explain(layer: FactorizedLayer, x: Tensor, *, training: bool | None = None) 
     task = replace(decision.task_for(rows, kernels=kernels), rows=count)
     of_x, of_cores = needs if any(needs) else (True, not layer.frozen)
     taken = _overriding(layer, rows, training)
-    sides = ", ".join(str(side if len(side) > 1 else side[0]) for side in (shape, _shape(layer, "out")))
-    title = (
-        f"{type(layer).__name__}({sides}), {layer.format}, ranks "
-        f"{','.join(map(str, layer.network.ranks)) or '-'}; {_counted(count, 'row')}, {task.dtype}, "
-        f"{decision.machine_of(x).name} ({_counted(torch.get_num_threads(), 'thread')})"
-    )
+    title = _title(layer, count, task.dtype, decision.machine_of(x))
     ahead = _rows(layer, rows, task, taken)
     back = _rows(layer, rows, replace(task, x=of_x, cores=of_cores), taken) if training else ()
     return Explanation(title, ahead, back, task.itemsize)
+
+
+def _title(layer: FactorizedLayer, count: int, dtype: str, on: Machine) -> str:
+    shapes = _shape(layer, "in"), _shape(layer, "out")
+    sides = ", ".join(str(side if len(side) > 1 else side[0]) for side in shapes)
+    return (
+        f"{type(layer).__name__}({sides}), {layer.format}, ranks "
+        f"{','.join(map(str, layer.network.ranks)) or '-'}; {_counted(count, 'row')}, {dtype}, "
+        f"{on.name} ({_counted(torch.get_num_threads(), 'thread')})"
+    )
 
 
 def _shape(layer: FactorizedLayer, role: str) -> tuple[int, ...]:
@@ -210,8 +231,8 @@ def _without_kernels(rows: Tensor) -> str:
     if reason is None and dtype == "float32" and rows.is_cuda:
         reason = dispatch.FULL_PRECISION
     if reason is None and rows.is_cpu and backend.mode() == "auto":
-        reason = "on the CPU, in Triton's interpreter, only where it is demanded"
-    return reason or "use_kernels, or what the layer demands, switches it off"
+        reason = backend.INTERPRETED
+    return reason or backend.SWITCHED_OFF
 
 
 def _note(network: Network, candidate: Candidate | None) -> str:
@@ -247,3 +268,42 @@ def _dense(out_features: int, in_features: int, task: Task, on: Machine) -> tupl
         return forward, cost
     # The three products are of the same sizes, each with another of them contracted.
     return seconds(task.x, task.cores) - forward, sum([cost] * (task.x + task.cores), Cost())
+
+
+# -- lookups ----------------------------------------------------------------------------------------------------------
+
+_LOOKUPS, _GRADIENTS = ("contraction", "lookup"), ("contraction", "lookup_gradients")
+
+
+def _explain_lookup(layer: Lookup, ids: Tensor, training: bool | None) -> Explanation:
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise NetworkError(f"input: a tensor of ids, int32 or int64; got {got}")
+    cores, count = layer.own_cores(), ids.numel()
+    if training is None:
+        training = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
+    refusal = "a frozen layer reads the dense table" if layer.frozen else fused_lookup.refusal(layer.own_network, cores)
+    rows = _lookup_rows(layer, count, refusal)
+    back: list[Row] = []
+    if training and not layer.frozen:
+        # Gradients run as the lookup did. Of what they take there is no estimate.
+        back = [Row(name, None, None, 0, row.refusal) for name, row in zip(_GRADIENTS, rows[:2], strict=True)]
+    title = _title(layer, count, multiplied_as(cores[0].dtype, cores[0].device.type), decision.machine_of(cores[0]))
+    return Explanation(title, tuple(rows), tuple(back), cores[0].itemsize)
+
+
+def _lookup_rows(layer: Lookup, count: int, refusal: str) -> list[Row]:
+    """Torch's operations, the kernel (`refusal`: why it does not run) and the dense table."""
+    core, network = layer.cores[0], layer.own_network
+    estimates: Sequence[Estimate | None] = (Estimate(lookup_plan.lookup_cost(network, count), None), None)
+    dtype = multiplied_as(core.dtype, core.device.type)
+    if core.is_cuda and backend.refusal("cuda", dtype) is None:
+        row = fused_lookup.estimates(network, backend.elements(dtype), device_table(core.device))
+        estimates = [None if one is None else one.times(count) for one in row]
+    instead = refusal if layer.frozen else "" if refusal else "the kernel runs"
+    rows = []
+    for name, why, one in zip(_LOOKUPS, (instead, refusal), estimates, strict=True):
+        rows.append(Row(name, None, None, 0, why) if one is None else Row(name, one.seconds, one.cost, 0, why))
+    dense = type(layer).dense_cost({"embedding_dim": layer.embedding_dim}, count)
+    thawed = "" if layer.frozen else "the layer is not frozen: see freeze()"
+    return [*rows, Row(FROZEN, None, dense, 0, thawed)]

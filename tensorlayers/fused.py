@@ -15,8 +15,8 @@ from .chain import Chain, Indices
 from .contraction import BATCH, Plan
 from .cost import Cost
 from .group import Group, apart, product
-from .launch import Table
-from .launch import table as table_of
+from .launch_tables import Table
+from .launch_tables import table as table_of
 from .machine import Machine
 from .network import Network
 from .orders import Order, Orders, orders

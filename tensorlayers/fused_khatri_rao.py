@@ -19,8 +19,9 @@ from torch import Tensor
 
 from . import backend
 from .cost import Cost
-from .launch import Table, blocks, fitted
-from .launch import table as table_of
+from .launch import blocks, finish_bytes, fitted, stored_bytes
+from .launch_tables import Table, itemsize
+from .launch_tables import table as table_of
 from .machine import Machine
 from .network import Network
 from .program import Candidate, KernelProgram, Task
@@ -190,9 +191,12 @@ class Launch(NamedTuple):
     loaded, stored : int
         Elements that programs load, those of a bias not counted; that they store. Where there are parts these are
         float32, and the kernel that adds them loads them all.
+    bytes : int
+        That programs load and store, and that are loaded and stored where parts are added. z is float32.
     seconds : float
         The predicted time, with that of adding the parts.
-    warps, stages : int
+    warps, stages, itemsize : int
+        The last: bytes an element of the rows and of the cores.
     """
 
     tiles: tuple[int, int, int]
@@ -206,14 +210,16 @@ class Launch(NamedTuple):
     scaled: int
     loaded: int
     stored: int
+    bytes: int
     seconds: float
     warps: int
     stages: int
+    itemsize: int
 
     @property
     def cost(self) -> Cost:
-        """FLOPs and elements, the adding of parts among them."""
-        return Cost(self.flops + self.scaled, self.loaded + self.stored * (1 if self.parts == 1 else 2))
+        """FLOPs and elements of `itemsize` bytes, the adding of parts among them."""
+        return Cost(self.flops + self.scaled, self.bytes // self.itemsize)
 
 
 @lru_cache(maxsize=4096)
@@ -238,9 +244,9 @@ def contract_launch(batch: int, i1: int, i2: int, rank: int, dtype: str, table: 
             scaled=batch * ranks * steps * tile * tile1,
             loaded=batch * ranks * i1 * i2 + factors * rank,
             stored=parts * batch * rank,
-            seconds=0.0, warps=config["warps"], stages=config["stages"],
+            bytes=0, seconds=0.0, warps=config["warps"], stages=config["stages"], itemsize=itemsize(dtype),
         )  # fmt: skip
-        found.append(_priced(made, rows * share * inner, unique, dtype, table))
+        found.append(_priced(made, rows * share * inner, unique, 0, 4, dtype, table))
     return min(found, key=lambda one: one.seconds)
 
 
@@ -256,30 +262,34 @@ def expand_launch(batch: int, o1: int, o2: int, rank: int, dtype: str, table: Ta
     for rows, parts in itertools.product(at_a_time, _shares(min(steps, _MOST_PARTS))):
         share = blocks(steps, parts)
         parts, groups = blocks(steps, share), blocks(batch, rows)
+        of_z = batch * tiles1 * tiles2 * rank
         made = Launch(
             tiles, False, rows, steps, share, parts,
             programs=tiles1 * tiles2 * groups * parts,
             flops=2 * groups * rows * tiles1 * tiles2 * steps * math.prod(tiles),
             scaled=groups * rows * tiles1 * tiles2 * steps * tiles[0] * tiles[2],
-            loaded=(groups * (tiles2 * o1 + tiles1 * o2) + batch * tiles1 * tiles2) * rank,
+            loaded=groups * (tiles2 * o1 + tiles1 * o2) * rank + of_z,
             stored=parts * batch * o1 * o2,
-            seconds=0.0, warps=config["warps"], stages=config["stages"],
+            bytes=0, seconds=0.0, warps=config["warps"], stages=config["stages"], itemsize=itemsize(dtype),
         )  # fmt: skip
-        found.append(_priced(made, share, unique, dtype, table))
+        found.append(_priced(made, share, unique, of_z, made.itemsize, dtype, table))
     return min(found, key=lambda one: one.seconds)
 
 
-def _priced(made: Launch, steps: int, unique: int, dtype: str, table: Table) -> Launch:
-    """A launch whose programs take so many steps, with its predicted time; `unique`: elements of all tensors."""
-    itemsize = 2 if dtype == "half" else 4
+def _priced(made: Launch, steps: int, unique: int, of_z: int, stored_as: int, dtype: str, table: Table) -> Launch:
+    """A launch whose programs take so many steps, with what it moves and its predicted time.
+
+    `unique`: elements of all tensors; `of_z`: of those loaded; `stored_as`: bytes an element of the result.
+    """
+    moved = made.itemsize * (made.loaded - of_z) + 4 * of_z + stored_bytes(made.stored, made.parts, stored_as)
+    adding = finish_bytes(made.stored, made.parts, stored_as)
     unfilled = blocks(made.programs, table.processors) * table.processors / made.programs
     arithmetic = unfilled * (made.flops / table.rates[dtype] + made.scaled / (table.rates["float32"] / 2))
     latency = blocks(made.programs, 2 * table.processors) * (steps + 2) * table.step
-    cached = (itemsize * made.loaded + 4 * made.stored) / table.cache
-    seconds = table.launch + max(arithmetic, latency, cached, itemsize * unique / table.memory)
+    seconds = table.launch + max(arithmetic, latency, moved / table.cache, made.itemsize * unique / table.memory)
     if made.parts > 1:
-        seconds += table.launch + 4 * made.stored / table.cache
-    return made._replace(seconds=seconds)
+        seconds += table.launch + adding / table.cache
+    return made._replace(bytes=moved + adding, seconds=seconds)
 
 
 def _shares(most: int) -> list[int]:

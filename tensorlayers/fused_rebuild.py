@@ -21,8 +21,8 @@ from .chain import Indices
 from .contraction import Plan
 from .cost import Cost, dense_linear
 from .group import Group, apart, product
-from .launch import Table
-from .launch import table as table_of
+from .launch_tables import Table
+from .launch_tables import table as table_of
 from .machine import Machine
 from .network import Network
 from .orders import Orders, orders

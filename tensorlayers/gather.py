@@ -1,7 +1,6 @@
-"""Rows of a factorized table by their ids.
+"""Rows of a factorized table by their ids: slices of the cores are gathered and contracted, as `lookup_plan` says.
 
-A core that carries row modes is gathered by the digits of the ids, its row modes then are the batch index; all else
-is a pairwise contraction. Nothing of the size of the table is ever formed.
+Nothing of the size of the table is ever formed.
 """
 
 from __future__ import annotations
@@ -15,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backend, contraction
+from . import contraction
 from .contraction import BATCH, Plan
-from .cost import Cost, volume
-from .errors import KernelError
-from .launch import Table, architecture
-from .launch import table as launch_table
+from .cost import volume
+from .fused_lookup import found_chain, kernel, readable
+from .lookup_plan import lookup_plan, row_modes
 from .network import Network
-from .precision import at_least_single, multiplied_as, without_autocast
+from .precision import at_least_single, without_autocast
 
 _CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
 """What a chunk of rows may hold at once, gathered slices and intermediates: on the CPU it fits a shared cache, and is
@@ -33,64 +31,6 @@ _SHARED_ROWS = 16
 """On the CPU, rows with the same slice of a core are a chunk where a slice has so many elements, and so many rows are
 expected to share one: the slice is then not gathered for each row. Tensor train of order 3, 4096 ids on 100 slices of
 55 x 4 x 55: forward 26 -> 19 ms, with backward 264 -> 94 ms."""
-
-
-@contraction.constant_when_compiled
-def row_modes(network: Network) -> tuple[tuple[str, ...], ...]:
-    """The row modes (role in) that each core carries, most significant digit first."""
-    return _row_modes(network)
-
-
-@lru_cache(maxsize=4096)
-def _row_modes(network: Network) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(name for name in network.names("in") if name in core) for core in network.cores)
-
-
-def rows_first(network: Network) -> Network:
-    """The network with the row modes of each core leading (after a stack's), so that a lookup gathers whole slices."""
-    stack = network.names("stack")
-    cores = []
-    for core, rows in zip(network.cores, row_modes(network), strict=True):
-        lead = (*(name for name in stack if name in core), *rows)
-        cores.append((*lead, *(name for name in core if name not in lead)))
-    return Network(tuple(cores), network.sizes, network.modes)
-
-
-@contraction.constant_when_compiled
-def lookup_plan(network: Network, batch: int, shared: int | None = None) -> Plan:
-    """The plan of a lookup of `batch` ids: the gathered cores, which carry the batch index, with the others.
-
-    Of the core at position `shared`, if any, all rows have the same slice.
-    """
-    return _lookup_plan(network, batch, shared)
-
-
-@lru_cache(maxsize=4096)
-def _lookup_plan(network: Network, batch: int, shared: int | None) -> Plan:
-    terms = tuple(
-        (*((BATCH,) if rows and k != shared else ()), *(name for name in core if name not in rows))
-        for k, (core, rows) in enumerate(zip(network.cores, row_modes(network), strict=True))
-    )
-    sizes = tuple((name, size) for name, size in network.sizes if name not in network.names("in"))
-    return contraction.plan(terms, (BATCH, *network.names("out")), (*sizes, (BATCH, batch)))
-
-
-def lookup_cost(network: Network, batch: int) -> Cost:
-    """The cost of a lookup of `batch` distinct ids: the slices gathered (read and written), and the contraction."""
-    plan = lookup_plan(network, contraction.batch_class(batch)).resized(BATCH, batch)
-    sizes = dict(plan.sizes)
-    return plan.cost + Cost(0, 2 * sum(volume(term, sizes) for term in plan.terms if BATCH in term))
-
-
-@contraction.constant_when_compiled
-def row_flops(network: Network) -> int:
-    """FLOPs of a lookup of one row."""
-    return _row_flops(network)
-
-
-@lru_cache(maxsize=4096)
-def _row_flops(network: Network) -> int:
-    return lookup_plan(network, 1).flops
 
 
 def _address(ids: Tensor, names: Sequence[str], network: Network) -> Tensor:
@@ -134,7 +74,7 @@ def rows(
 ) -> Tensor:  # (n, width)
     """Rows of a factorized table, by operations that torch can differentiate, trace, export and batch.
 
-    Where torch.compile traces, or a CUDA graph is captured, by the Triton kernel if `fused` chooses it.
+    Where torch.compile traces, or a CUDA graph is captured, by the Triton kernel if `fused_lookup` chooses it.
 
     Parameters
     ----------
@@ -151,7 +91,7 @@ def rows(
     Tensor
         The dtype of the cores.
     """
-    if _is_recorded(ids) and fused(network, cores) is not None:
+    if _is_recorded(ids) and found_chain(network, cores) is not None:
         recompute: Any = RecomputedRows.apply
         found: Tensor = recompute(ids, network, network.features("out") if width is None else width, *cores)
         return found
@@ -232,9 +172,9 @@ class RecomputedRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, network: Network, width: int, *cores: Tensor) -> Tensor:
         ctx.save_for_backward(ids, *cores)
-        ctx.network, ctx.width, ctx.chain = network, width, fused(network, cores)
+        ctx.network, ctx.width, ctx.chain = network, width, found_chain(network, cores)
         if ctx.chain is not None:
-            found: Tensor = _kernel("lookup")(ids, _readable(cores), ctx.chain, width)
+            found: Tensor = kernel("lookup")(ids, readable(cores), ctx.chain, width)
             return found
         lookup, count = _Lookup(ids, network, cores), len(ids)
         table = None
@@ -260,8 +200,8 @@ class RecomputedRows(torch.autograd.Function):
             torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grads[0])
         )
         if ctx.chain is not None and not plain:
-            grad, *cores = _readable((grads[0], *cores))
-            found = iter(_kernel("lookup_gradients")(grad, ids, cores, ctx.chain, list(needed)))
+            grad, *cores = readable((grads[0], *cores))
+            found = iter(kernel("lookup_gradients")(grad, ids, cores, ctx.chain, list(needed)))
             return None, None, None, *(next(found) if need else None for need in needed)
         with without_autocast(cores[0]):
             if plain:
@@ -305,75 +245,3 @@ def _core_gradients(
         None if total is None else (_unflat(total, names, own, network) if own else total).to(core.dtype)
         for total, names, own, core in zip(totals, network.cores, lookup.carried, cores, strict=True)
     ]
-
-
-# -- the Triton kernel ------------------------------------------------------------------------------------------------
-
-
-def kernels() -> str:
-    """Whether rows are looked up by the Triton kernel.
-
-    "none": never; "auto": on a GPU, where that is predicted to be faster; "only": always, and a KernelError where it
-    cannot. What is exported, and what torch.func transforms, runs by torch's operations.
-    """
-    return {"auto": "auto", "torch": "none", "triton": "only"}[backend.mode()]
-
-
-def _kernel(name: str) -> Any:
-    """A kernel, as an operator where torch.compile traces."""
-    if torch.compiler.is_compiling():
-        return getattr(torch.ops.tensorlayers, name)
-    return backend.load(name).run
-
-
-def _readable(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """As a kernel reads them; of an operator torch sees to that itself."""
-    return list(tensors) if torch.compiler.is_compiling() else list(map(backend.readable, tensors))
-
-
-def fused(network: Network, cores: Sequence[Tensor]) -> tuple[int, ...] | None:
-    """The chain that the Triton kernel looks up, as it describes one; None for torch's operations."""
-    mode, core = kernels(), cores[0]
-    if mode == "none" or (mode == "auto" and not core.is_cuda):
-        return None
-    dtypes = tuple(dict.fromkeys(core.dtype for core in cores))
-    return _fused(network, mode, core.device.type, core.device.index, dtypes)
-
-
-# A compiled graph keeps what is found: neither the search nor an import can be traced.
-@contraction.constant_when_compiled
-def _fused(
-    network: Network, mode: str, device: str, index: int | None, dtypes: tuple[torch.dtype, ...]
-) -> tuple[int, ...] | None:
-    dtype = multiplied_as(dtypes[0], device)
-    chain, reason = None, backend.refusal(device, dtype) if len(dtypes) == 1 else "cores of several dtypes"
-    if reason is None:
-        backend.load("lookup_gradients")
-        chain = backend.load("lookup").train(network)
-        if chain is None:
-            reason = "the table is no tensor train of two or three cores with a row mode each"
-    if mode == "only":
-        if reason is not None:
-            raise KernelError(f"no Triton kernel supports this lookup: {reason}")
-        return chain
-    if chain is None:
-        return None
-    table = launch_table(architecture(device if index is None else f"{device}:{index}"))
-    return chain if _pays(network, backend.elements(dtype), table) else None
-
-
-@lru_cache(maxsize=4096)
-def _pays(network: Network, dtype: str, table: Table) -> bool:
-    """Whether the Triton kernel is predicted to be faster than torch's operations, by the time of a row among many.
-
-    Torch's read and write the slice of each core, then read them again for products that lie in memory between each
-    other; the kernel reads slices from the cache, and writes nothing but the row. It is one launch where those are
-    eight at least, so that it is the faster one for few rows too. What it can lose is arithmetic, at modes and ranks
-    that fill no tile: its own time is compared with that of torch's arithmetic and of all that is moved beside it.
-    Gradients are chains of the same matrices, and move as much in proportion: what holds for rows holds for them.
-    """
-    many = contraction.BATCH_CLASSES[-1]
-    cost = lookup_cost(network, many)
-    unfused = cost.flops / table.rates[dtype] + cost.bytes(2 if dtype == "half" else 4) / table.memory
-    seconds: float = backend.load("lookup").seconds(network, dtype, table)
-    return seconds <= unfused / many

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .gather import RecomputedRows, row_flops, rows
+from .gather import RecomputedRows, rows
+from .lookup_plan import row_flops
 from .network import Network
 from .precision import at_least_single, without_autocast
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from . import backend
 from .chain import Indices, viewed
 from .cost import volume
-from .launch import VECTOR, Table, blocks, fitted
+from .launch import VECTOR, blocks, fitted
+from .launch_tables import Table, itemsize
 
 _SECTOR = 32  # bytes that memory is written in at least
 
@@ -79,11 +80,10 @@ def launch(problem: Problem, table: Table) -> Launch:
     programs = heads * m_tiles * n_tiles
     flops = 2 * programs * k_tiles * tiles.m * tiles.n * tiles.k
     loaded, stored = heads * k * (m * n_tiles + n * m_tiles), heads * m * n
-    itemsize = 2 if dtype == "half" else 4
-    whole = stored * max(itemsize, _SECTOR / run)  # bytes with what short runs waste
+    whole = stored * max(itemsize(dtype), _SECTOR / run)  # bytes with what short runs waste
     latency = blocks(programs, 2 * table.processors) * (k_tiles + 2) * table.step
-    memory = (heads * k * (m + n) + stored) * itemsize / table.memory
-    cached = (loaded * itemsize + whole) / table.cache
+    memory = (heads * k * (m + n) + stored) * itemsize(dtype) / table.memory
+    cached = (loaded * itemsize(dtype) + whole) / table.cache
     seconds = table.launch + max(flops / table.rates[dtype], latency, memory, cached)
     return Launch(tiles, programs, flops, loaded, stored, seconds)
 

@@ -13,9 +13,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from . import backend, launch
+from . import backend, launch, launch_tables
 from .errors import CostModelError
-from .launch import LEAST, Row, Table, Tiles
+from .launch_tables import LEAST, Row, Table, Tiles
 from .machine import VARIABLE, measured
 
 Timer = Callable[[Callable[[], None]], float]
@@ -37,8 +37,8 @@ def tune(
 
     What a row is given was launched as it is written. Processors and shared memory are those of the GPU. All else is
     not measured: the rows for tf32 and float32, the entries of the other kernels and the rates are copied from the
-    shipped table. Where its tiles may not fit (see `launch.is_for`), those that are copied are cut to what any GPU
-    holds.
+    shipped table. Where its tiles may not fit (see `launch_tables.is_for`), those that are copied are cut to what any
+    GPU holds.
 
     Parameters
     ----------
@@ -59,8 +59,8 @@ def tune(
         If there is no such device, no Triton or no GPU; or the GPU launches no tiles of a row, however small.
     """
     place = _checked(device, is_timed=timer is None)
-    arch = launch.architecture(place)
-    table = replace(_of_any(launch.shipped(arch), arch), arch=arch)
+    arch = launch_tables.architecture(place)
+    table = replace(_of_any(launch_tables.shipped(arch), arch), arch=arch)
     if place.type == "cuda":
         properties = torch.cuda.get_device_properties(place)
         memory = getattr(properties, "shared_memory_per_block_optin", 0) or table.shared_memory
@@ -95,7 +95,7 @@ def _of_any(table: Table, arch: str) -> Table:
 
     Rows for half precision are as they were: these are timed.
     """
-    if launch.is_for(table, arch):
+    if launch_tables.is_for(table, arch):
         return table
 
     def cut(entry: dict[str, int]) -> dict[str, int]:
@@ -221,7 +221,7 @@ def destination(device: torch.device | str = "cuda", out: Path | None = None) ->
     OSError
         If no file can be written there.
     """
-    path = _path(launch.architecture(_checked(device, is_timed=True)), out)
+    path = _path(launch_tables.architecture(_checked(device, is_timed=True)), out)
     if path.is_dir():
         raise CostModelError(f"a file to write the table to; {path} is a directory")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -255,12 +255,12 @@ def write(table: Table, out: Path | None = None) -> Path:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_text(to_json(table), encoding="utf-8")
-        launch.read(temporary, table.arch)
+        launch_tables.read(temporary, table.arch)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    launch.table.cache_clear()
+    launch_tables.table.cache_clear()
     return path
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from tensorlayers import TT, FactorizedLinear, LowRank, formats, launch, machine
+from tensorlayers import TT, FactorizedLinear, LowRank, formats, launch_tables, machine
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 MODULES = ("timing", "memory", "compare", "report", "cases", "layers", "peers", "convs", "models", "scaling", "run")
@@ -225,7 +225,7 @@ def test_what_a_gpu_measured_is_adopted(benchmarks, package, tmp_path):
     assert benchmarks.gpu_verdict.adopt({"dry": False, "constants": found}, tmp_path) == [on, table]
     after = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
     assert {path for path in after if after[path] != before.get(path)} == {on, table}
-    made, before = launch.read(table), launch.shipped("sm_90")
+    made, before = launch_tables.read(table), launch_tables.shipped("sm_90")
     assert (made.rates["half"], made.memory, made.launch) == (350e12, 4e12, 2e-6)
     assert (made.rows, made.kernels, made.rates["tf32"]) == (before.rows, before.kernels, before.rates["tf32"])
     assert machine.read(on).flops["bfloat16"] == 700e12

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import gather, lookup
+from .. import lookup, lookup_plan
 from ..cost import Cost
 from ..errors import ConversionError, NetworkError
 from ..formats import Format, LowRank
@@ -117,7 +117,7 @@ class _Table(FactorizedLayer):
 
     @classmethod
     def arranged(cls, network: Network) -> Network:
-        return gather.rows_first(network)
+        return lookup_plan.rows_first(network)
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str:
@@ -130,7 +130,7 @@ class _Table(FactorizedLayer):
 
     @classmethod
     def factorized_cost(cls, network: Network, settings: Mapping[str, Any], rows: int) -> Cost:
-        return gather.lookup_cost(network, rows)
+        return lookup_plan.lookup_cost(network, rows)
 
     @property
     def deviation(self) -> float:

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorlayers import fused, launch, machine
+from tensorlayers import fused, launch, launch_tables, machine
 from tensorlayers.chain import best, chains
-from tensorlayers.launch import Problem
+from tensorlayers.launch_tables import Problem
 from tensorlayers.network import Network, linear_modes
 from tensorlayers.program import Task
 
@@ -82,7 +82,7 @@ def test_the_fastest_form_is_taken(swapped):
     sizes = {"o1": 256, "i1": 64, "r": 4, "b": 4096, "i2": 64, "o2": 64}
     if swapped:
         sizes |= {"o1": 64, "o2": 256}
-    operands, table = (("o1", "i1", "r"), ("b", "i1", "i2"), ("r", "o2", "i2")), launch.shipped("sm_90")
+    operands, table = (("o1", "i1", "r"), ("b", "i1", "i2"), ("r", "o2", "i2")), launch_tables.shipped("sm_90")
     chain, found = best(operands, ("b", "o1", "o2"), sizes, "half", table)
     problems = [one.problem(sizes, "half") for one in chains(operands, ("b", "o1", "o2"))]
     assert found.seconds == min(launch.launch(problem, table).seconds for problem in problems)
@@ -93,7 +93,7 @@ def test_the_fastest_form_is_taken(swapped):
 @pytest.mark.parametrize("processors", [1, 10**9], ids=["whole", "shared"])
 def test_the_bytes_of_a_launch(dtype, itemsize, processors):
     """Parts are float32; the kernel that adds them reads them all and writes the result."""
-    problem, table = Problem((2, 3), 20, 64, 48, 64, 64, False, True, dtype), launch.shipped("sm_90")
+    problem, table = Problem((2, 3), 20, 64, 48, 64, 64, False, True, dtype), launch_tables.shipped("sm_90")
     found = launch.launch(problem, replace(table, processors=processors, step=1e-12 if processors == 1 else 1.0))
     result = 2 * 3 * 64 * 48
     assert (found.parts > 1) == (processors > 1)
@@ -108,7 +108,7 @@ def test_a_program_counts_the_adding_of_parts():
     operands, result = (("o1", "i1", "r"), ("r", "o2", "i2")), ("batch", "o1", "o2")
     network = Network(operands, {"r": 204}, linear_modes((64, 64), (64, 64)))
     rows, sizes = ("batch", "i1", "i2"), {**network.size, "batch": 1}
-    _, found = best((rows, *operands), result, sizes, "half", launch.table("sm_90"))
+    _, found = best((rows, *operands), result, sizes, "half", launch_tables.table("sm_90"))
     task = Task(1, dtype="bfloat16", itemsize=2, arch="sm_90")
     made = fused.candidate(network, task, machine.shipped("cuda"))
     assert found.parts > 1

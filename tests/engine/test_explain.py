@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import tensorlayers as tl
-from tensorlayers import KernelError, NetworkError, backend, decision, dispatch, explain, matmul, small
+from tensorlayers import KernelError, NetworkError, backend, decision, dispatch, explain, lookup_plan, matmul, small
 from tensorlayers.explain import FROZEN, STORED, duration
 from tensorlayers.formats import available
 from tensorlayers.slices import slices
@@ -326,19 +326,40 @@ def test_empty_batches():
     assert explain(layer_of(tl.TT, implementation="rebuild"), torch.randn(0, 64)).chosen == "rebuild"
 
 
+@pytest.mark.parametrize("table", [tl.FactorizedEmbedding, tl.FactorizedEmbeddingBag])
+@every_format
+def test_lookups(cls, table):
+    layer, ids = table(100, 64, format=cls(2)), torch.zeros(3, 5, dtype=torch.int64)
+    said = explain(layer, ids)
+    assert said.chosen == "contraction"
+    rows = by_name(said.rows)
+    assert rows["contraction"].cost == lookup_plan.lookup_cost(layer.own_network, 15)
+    assert rows[FROZEN].cost.elements == 2 * 15 * 64
+    assert "on the CPU" in rows["lookup"].refusal
+    assert [(row.name, row.refusal) for row in said.backward] == [
+        ("contraction", ""),
+        ("lookup_gradients", rows["lookup"].refusal),
+    ]
+    assert "15 rows" in str(said)
+    assert not explain(layer, ids, training=False).backward
+    assert explain(layer, ids[:0]).chosen == "contraction"
+    assert explain(layer.requires_grad_(False), ids).backward == ()
+    assert explain(layer.freeze(), ids).chosen == FROZEN
+
+
 @pytest.mark.parametrize(
     ("layer", "x", "message"),
     [
-        (nn.Linear(64, 48), torch.zeros(2, 64), "explain: linear products, those of FactorizedLinear, .*; got Linear"),
+        (nn.Linear(64, 48), torch.zeros(2, 64), "explain: linear products and lookups, .*; got Linear"),
         (
             tl.FactorizedConv2d(4, 4, 3, format=tl.CP(2)),
             torch.zeros(1, 4, 8, 8),
-            "explain: linear products, .*; got FactorizedConv2d",
+            "explain: linear products and lookups, .*; got FactorizedConv2d",
         ),
         (
             tl.FactorizedEmbedding(100, 64, format=tl.CP(2)),
-            torch.zeros(2, dtype=torch.int64),
-            "explain: linear products, .*; got FactorizedEmbedding",
+            torch.zeros(2),
+            "ids, int32 or int64; got torch.float32",
         ),
         (tl.FactorizedLinear(64, 48), torch.zeros(2, 63), r"in_features = 64; got \(2, 63\)"),
         (tl.FactorizedLinear(64, 48), torch.tensor(1.0), r"in_features = 64; got \(\)"),

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorlayers import backend, dispatch, launch
+from tensorlayers import backend, dispatch, launch, launch_tables
 from tensorlayers.errors import CostModelError, KernelError
-from tensorlayers.launch import Problem
+from tensorlayers.launch_tables import Problem
 
 DTYPES = ("half", "tf32", "float32")
-every_table = pytest.mark.parametrize("arch", launch.architectures())
+every_table = pytest.mark.parametrize("arch", launch_tables.architectures())
 sizes = st.integers(1, 300)
 
 
@@ -30,7 +30,7 @@ def problems(draw):
 @every_table
 @given(problem=problems())
 def test_every_problem_has_a_launch(arch, problem):
-    found = launch.launch(problem, launch.shipped(arch))
+    found = launch.launch(problem, launch_tables.shipped(arch))
     tiles = found.tiles
     assert found.flops >= problem.flops
     assert found.share * found.parts >= found.steps > found.share * (found.parts - 1)
@@ -44,7 +44,7 @@ def test_every_problem_has_a_launch(arch, problem):
 
 def test_more_processors_take_no_longer():
     problem = Problem((64, 1), 205, 64, 64, 64, 64, shared=True, held=True)
-    table = launch.shipped("sm_90")
+    table = launch_tables.shipped("sm_90")
     found = [launch.launch(problem, replace(table, processors=count)) for count in (1, 16, 132, 1000)]
     assert [one.programs for one in found] == sorted(one.programs for one in found)
     assert found[0].parts == 1
@@ -57,12 +57,12 @@ def test_more_processors_take_no_longer():
      ("gfx942", "gfx942"), ("gfx950", "gfx942"), ("gfx90a", "gfx942"), ("xpu", "sm_90")],
 )  # fmt: skip
 def test_an_architecture_without_a_table_has_that_of_an_older_one(arch, nearest):
-    assert launch.shipped(arch).arch == nearest
+    assert launch_tables.shipped(arch).arch == nearest
 
 
-@pytest.mark.parametrize("arch", [*launch.architectures(), "sm_103", "gfx940", "gfx941", "gfx950"])
+@pytest.mark.parametrize("arch", [*launch_tables.architectures(), "sm_103", "gfx940", "gfx941", "gfx950"])
 def test_kernels_run_where_the_tiles_fit(arch):
-    assert launch.refusal(arch) is None
+    assert launch_tables.refusal(arch) is None
 
 
 OTHERS = ["sm_75", "sm_86", "sm_87", "sm_88", "sm_89", "sm_110", "sm_120", "sm_121", "gfx90a", "gfx1100"]
@@ -71,44 +71,44 @@ OTHERS = ["sm_75", "sm_86", "sm_87", "sm_88", "sm_89", "sm_110", "sm_120", "sm_1
 @pytest.mark.parametrize("arch", OTHERS)
 def test_kernels_are_refused_where_tiles_may_not_fit_until_there_is_a_table(arch, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORLAYERS_MACHINES", str(tmp_path))
-    monkeypatch.setattr(launch, "architecture", lambda device: arch)
+    monkeypatch.setattr(launch_tables, "architecture", lambda device: arch)
     monkeypatch.setattr(backend, "is_present", lambda: True)
-    launch.table.cache_clear()
+    launch_tables.table.cache_clear()
     reason = f"{arch} has no launch table, .*run `tensorlayers tune`"
     assert re.match(reason, backend.refusal("cuda", "float16"))
     with pytest.raises(KernelError, match=reason):
         dispatch._kernels_for("triton", "cuda", "float16", None)
     assert dispatch._kernels_for("auto", "cuda", "float16", None) == (None, False)
-    text = launch.SHIPPED.joinpath("gfx942.json").read_text()
+    text = launch_tables.SHIPPED.joinpath("gfx942.json").read_text()
     (tmp_path / f"{arch}.json").write_text(text)
-    launch.table.cache_clear()
+    launch_tables.table.cache_clear()
     with pytest.warns(UserWarning, match=f"arch is '{arch}'; got 'gfx942'.*the shipped table is used"):
         assert backend.refusal("cuda", "float16") is not None  # another's, copied
     (tmp_path / f"{arch}.json").write_text(text.replace("gfx942", arch))
-    launch.table.cache_clear()
+    launch_tables.table.cache_clear()
     assert backend.refusal("cuda", "float16") is None
     assert dispatch._kernels_for("auto", "cuda", "float16", None) == (None, True)
-    launch.table.cache_clear()
+    launch_tables.table.cache_clear()
 
 
 def test_on_the_cpu_it_is_the_default():
-    assert launch.architecture(torch.device("cpu")) == launch.DEFAULT
+    assert launch_tables.architecture(torch.device("cpu")) == launch_tables.DEFAULT
 
 
 @every_table
 def test_what_is_measured_is_taken(arch, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORLAYERS_MACHINES", str(tmp_path))
-    launch.table.cache_clear()
-    assert launch.table(arch).rows == launch.shipped(arch).rows
-    text = (launch.SHIPPED / f"{arch}.json").read_text()
+    launch_tables.table.cache_clear()
+    assert launch_tables.table(arch).rows == launch_tables.shipped(arch).rows
+    text = (launch_tables.SHIPPED / f"{arch}.json").read_text()
     (tmp_path / f"{arch}.json").write_text(text.replace('"processors": ', '"processors": 1'))
-    launch.table.cache_clear()
-    assert launch.table(arch).processors > launch.shipped(arch).processors
+    launch_tables.table.cache_clear()
+    assert launch_tables.table(arch).processors > launch_tables.shipped(arch).processors
     (tmp_path / f"{arch}.json").write_text(text[:-20])
-    launch.table.cache_clear()
+    launch_tables.table.cache_clear()
     with pytest.warns(UserWarning, match="no launch table .*; the shipped table is used"):
-        assert launch.table(arch).rows == launch.shipped(arch).rows
-    launch.table.cache_clear()
+        assert launch_tables.table(arch).rows == launch_tables.shipped(arch).rows
+    launch_tables.table.cache_clear()
 
 
 def without_last_rows(content):
@@ -187,35 +187,35 @@ HUGE = 10**400
         (with_("rows", ["half"]), "TypeError"),
         (with_("speed", 1), "speed"),
         *((without(key, "kernels", name, dtype), f"kernels: {name}: {dtype}: {key} is .*; got None")
-          for name, keys in launch.KERNELS.items() for key in keys for dtype in DTYPES),
+          for name, keys in launch_tables.KERNELS.items() for key in keys for dtype in DTYPES),
     ],
 )  # fmt: skip
 def test_files_that_are_no_tables(change, message, tmp_path):
-    content = json.loads((launch.SHIPPED / "sm_90.json").read_text())
+    content = json.loads((launch_tables.SHIPPED / "sm_90.json").read_text())
     change(content)
     path = tmp_path / "sm_90.json"
     path.write_text(json.dumps(content))
     with pytest.raises(CostModelError, match=message) as caught:
-        launch.read(path)
+        launch_tables.read(path)
     assert str(path) in str(caught.value)
     assert "tensorlayers tune" in str(caught.value)
 
 
 def test_what_is_malformed_is_not_taken(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORLAYERS_MACHINES", str(tmp_path))
-    content = json.loads((launch.SHIPPED / "sm_90.json").read_text())
+    content = json.loads((launch_tables.SHIPPED / "sm_90.json").read_text())
     del content["kernels"]["lookup"]["half"]["ids"]
     (tmp_path / "sm_90.json").write_text(json.dumps(content))
-    launch.table.cache_clear()
+    launch_tables.table.cache_clear()
     with pytest.warns(UserWarning, match="kernels: lookup: half: ids is .*; the shipped table is used"):
-        assert launch.table("sm_90").kernels == launch.shipped("sm_90").kernels
-    launch.table.cache_clear()
+        assert launch_tables.table("sm_90").kernels == launch_tables.shipped("sm_90").kernels
+    launch_tables.table.cache_clear()
 
 
 def test_a_table_is_of_the_architecture_that_is_asked_for(tmp_path):
-    assert launch.read(launch.SHIPPED / "sm_90.json", "sm_90").arch == "sm_90"
+    assert launch_tables.read(launch_tables.SHIPPED / "sm_90.json", "sm_90").arch == "sm_90"
     with pytest.raises(CostModelError, match="arch is 'sm_86'; got 'sm_90'"):
-        launch.read(launch.SHIPPED / "sm_90.json", "sm_86")
+        launch_tables.read(launch_tables.SHIPPED / "sm_90.json", "sm_86")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"rows": 3}', "\x00", "[" * 100000])
@@ -223,6 +223,6 @@ def test_files_that_are_something_else(text, tmp_path):
     path = tmp_path / "table.json"
     path.write_text(text)
     with pytest.raises(CostModelError, match="no launch table"):
-        launch.read(path)
+        launch_tables.read(path)
     with pytest.raises(CostModelError, match="no launch table"):
-        launch.read(tmp_path / "missing.json")
+        launch_tables.read(tmp_path / "missing.json")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorlayers import launch
+from tensorlayers import launch, launch_tables
 from tensorlayers.chain import Chain, chains
 from tensorlayers.errors import KernelError
 from tensorlayers.kernels import chain as kernel
@@ -46,8 +46,8 @@ SIZES = {
 def processors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """On one processor a program takes several heads and all steps; of many, each one head and one step."""
     count, step = (1, 1e-12) if request.param == "few programs" else (10**9, 1.0)
-    table = replace(launch.shipped(launch.DEFAULT), processors=count, step=step)
-    monkeypatch.setattr(launch, "table", lambda arch: table)
+    table = replace(launch_tables.shipped(launch_tables.DEFAULT), processors=count, step=step)
+    monkeypatch.setattr(launch_tables, "table", lambda arch: table)
     monkeypatch.setattr(kernel, "SIZE", 1024)  # fewer programs: in the interpreter each takes tens of milliseconds
     monkeypatch.setattr(kernel, "PARTS", 4)
 
@@ -80,7 +80,7 @@ def cheap(form: str, sizes: dict[str, int]) -> list[Chain]:
     *operands, result = FORMS[form]
     found = chains(operands, result)
     assert found
-    table = launch.table(launch.DEFAULT)
+    table = launch_tables.table(launch_tables.DEFAULT)
     return sorted(found, key=lambda one: launch.launch(one.problem(sizes, "half"), table).programs)[:1]
 
 
@@ -101,7 +101,7 @@ def run_watched(watch: Watch, given: Sequence[Tensor], activation: str = "none")
     after = (*watch.counts(), watch.bytes)
     loaded, stored, flops, moved = (now - then for now, then in zip(after, before, strict=True))
     out = views[3]
-    counted = launch.launch(kernel.problem(*views[:4], activation), launch.table(launch.DEFAULT))
+    counted = launch.launch(kernel.problem(*views[:4], activation), launch_tables.table(launch_tables.DEFAULT))
     added, whole = (0, 0) if counted.parts == 1 else (counted.stored, out.numel())
     of_bias = out.numel() * (len(given) - 4)
     assert flops == counted.flops == counted.cost.flops
@@ -149,7 +149,7 @@ def test_bias_and_activation(watch: Watch, activation: str, dtype: torch.dtype) 
         out = how.as_result(torch.full_like(expected, math.nan, dtype=dtype), how.result, sizes)
         along = how.as_result(bias, how.result[1:], sizes)
         found, counted = run_watched(watch, [*how.views(tensors, sizes), out, along], activation)
-        assert (counted.parts > 1) == (launch.table(launch.DEFAULT).processors > 1)
+        assert (counted.parts > 1) == (launch_tables.table(launch_tables.DEFAULT).processors > 1)
         assert apply is not None
         wanted = how.as_result(apply(expected + bias.double()), how.result, sizes)
         assert error(found, wanted) < 2 * TOLERANCE[dtype]  # of the sum and of the bias
@@ -162,7 +162,7 @@ def test_a_bias_that_differs_from_head_to_head(watch: Watch) -> None:
     how = next(one for one in chains(FORMS[form][:3], FORMS[form][3]) if one.roles[0] == ("o1",))
     out = how.as_result(torch.full_like(expected, math.nan, dtype=HALF), how.result, sizes)
     found, counted = run_watched(watch, [*how.views(tensors, sizes), out, how.as_result(bias, ("o1", "o2"), sizes)])
-    assert (counted.parts > 1) == (launch.table(launch.DEFAULT).processors > 1)
+    assert (counted.parts > 1) == (launch_tables.table(launch_tables.DEFAULT).processors > 1)
     assert error(found, how.as_result(expected + bias.double(), how.result, sizes)) < 2 * TOLERANCE[HALF]
 
 

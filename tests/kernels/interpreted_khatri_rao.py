@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from tensorlayers import contraction, fused_khatri_rao, launch
+from tensorlayers import contraction, fused_khatri_rao, launch_tables
 from tensorlayers.activation import activation
 from tensorlayers.errors import KernelError
 from tensorlayers.fused_khatri_rao import FusedKhatriRao, Launch, contract_launch, expand_launch
@@ -36,8 +36,8 @@ PRIMES = SIZES["primes"]
 def processors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """On one processor a program takes many rows and all that is contracted; of many, as little as there is."""
     count, step = (1, 1e-12) if request.param == "few programs" else (10**9, 1.0)
-    table = replace(launch.shipped(launch.DEFAULT), processors=count, step=step)
-    monkeypatch.setattr(launch, "table", lambda arch: table)
+    table = replace(launch_tables.shipped(launch_tables.DEFAULT), processors=count, step=step)
+    monkeypatch.setattr(launch_tables, "table", lambda arch: table)
     monkeypatch.setattr(chain, "SIZE", 1024)  # fewer programs: in the interpreter each takes tens of milliseconds
 
 
@@ -68,16 +68,21 @@ def run_watched(watch: Watch, run: Callable[..., None], given: Sequence[Tensor],
     views, blocks = zip(*map(within_nan, given), strict=True)
     for view, around in zip(views, blocks, strict=True):
         watch.add(view, around)
-    before = watch.counts()
+    before = (*watch.counts(), watch.bytes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "_sums", lambda found, out: watch.sums((found.parts, *out.shape)))
         run(*views)
-    loaded, stored, flops = (after - start for after, start in zip(watch.counts(), before, strict=True))
+    after = (*watch.counts(), watch.bytes)
+    loaded, stored, flops, moved = (end - start for end, start in zip(after, before, strict=True))
     out: Tensor = views[3]
+    z = out if run is kernel.contract else views[0]
     added, whole = (0, 0) if counted.parts == 1 else (counted.stored, out.numel())
     assert flops == counted.flops
-    assert loaded == counted.loaded + added + (out.numel() if len(given) > 4 else 0)
+    of_bias = out.numel() if len(given) > 4 else 0
+    assert loaded == counted.loaded + added + of_bias
     assert stored == counted.stored + whole
+    if z.dtype == SINGLE:  # as it is between the two kernels
+        assert moved == counted.cost.bytes(counted.itemsize) + of_bias * views[-1].element_size()
     assert blocks[3].isnan().sum() == blocks[3].numel() - out.numel()
     return out
 
@@ -88,7 +93,9 @@ def run_watched(watch: Watch, run: Callable[..., None], given: Sequence[Tensor],
 def test_contract_within_its_own_memory_and_as_counted(watch: Watch, size: str, dtype: torch.dtype) -> None:
     sizes = sizes_of(size, dtype)
     x, z, u, v = drawn(sizes, dtype)
-    counted = contract_launch(*sizes, "half" if dtype == HALF else "float32", launch.table(launch.DEFAULT))
+    counted = contract_launch(
+        *sizes, "half" if dtype == HALF else "float32", launch_tables.table(launch_tables.DEFAULT)
+    )
     for out_dtype in {dtype, SINGLE}:
         out = torch.full_like(z, math.nan, dtype=out_dtype)
         found = run_watched(watch, kernel.contract, (x, u, v, out), counted)
@@ -101,7 +108,7 @@ def test_contract_within_its_own_memory_and_as_counted(watch: Watch, size: str, 
 def test_expand_within_its_own_memory_and_as_counted(watch: Watch, size: str, dtype: torch.dtype) -> None:
     sizes = sizes_of(size, dtype)
     x, z, p, q = drawn(sizes, dtype)
-    counted = expand_launch(*sizes, "half" if dtype == HALF else "float32", launch.table(launch.DEFAULT))
+    counted = expand_launch(*sizes, "half" if dtype == HALF else "float32", launch_tables.table(launch_tables.DEFAULT))
     out, bias = torch.full_like(x, math.nan), torch.randn(x.shape[1:]).to(dtype)
     found = run_watched(watch, kernel.expand, (z, p, q, out), counted)
     assert error(found, expanded(z, p, q)) < TOLERANCE[dtype]
@@ -112,8 +119,8 @@ def test_expand_within_its_own_memory_and_as_counted(watch: Watch, size: str, dt
 @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
 def test_shares_that_do_not_divide(watch: Watch, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_khatri_rao, "_shares", lambda most: [2])
-    name, table = "half" if dtype == HALF else "float32", replace(launch.shipped(launch.DEFAULT))
-    monkeypatch.setattr(launch, "table", lambda arch: table)
+    name, table = "half" if dtype == HALF else "float32", replace(launch_tables.shipped(launch_tables.DEFAULT))
+    monkeypatch.setattr(launch_tables, "table", lambda arch: table)
     sizes = (3, 131, 17, 150) if dtype == HALF else (3, 67, 17, 70)
     x, z, first, second = drawn(sizes, dtype)
     counted = contract_launch(*sizes, name, table)
@@ -200,8 +207,8 @@ def test_two_runs_agree_bit_by_bit() -> None:
 def test_more_parts_than_are_added_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chain, "PARTS", 4)
     x, z, p, q = drawn((1, 3, 5, 300), SINGLE)
-    table = replace(launch.shipped(launch.DEFAULT), processors=10**9, step=1.0)
-    monkeypatch.setattr(launch, "table", lambda arch: table)
+    table = replace(launch_tables.shipped(launch_tables.DEFAULT), processors=10**9, step=1.0)
+    monkeypatch.setattr(launch_tables, "table", lambda arch: table)
     assert expand_launch(1, 3, 5, 300, "float32", table).parts == 10
     y = torch.empty_like(x)
     kernel.expand(z, p, q, y)

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tensorlayers import TT, FactorizedEmbedding, FactorizedEmbeddingBag, LowRank, gather, use_kernels
+from tensorlayers import TT, FactorizedEmbedding, FactorizedEmbeddingBag, LowRank, explain, fused_lookup, use_kernels
 from tensorlayers.errors import KernelError
+from tensorlayers.fused_lookup import found_chain
 from tensorlayers.kernels import lookup, lookup_gradients
 from tests.kernels.support import HALF, SINGLE, TOLERANCE, agree, error
 
@@ -22,7 +23,7 @@ from tests.kernels.support import HALF, SINGLE, TOLERANCE, agree, error
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are looked up by the kernel, in few programs."""
-    monkeypatch.setattr(gather, "kernels", lambda: "only")
+    monkeypatch.setattr(fused_lookup, "kernels", lambda: "only")
     monkeypatch.setattr(lookup, "shares", lambda count, of, *_: (50, of.heads))
     monkeypatch.setattr(lookup_gradients, "share_of", lambda *_: 20)
 
@@ -95,7 +96,7 @@ def test_the_kernel_runs_where_it_is_to(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(module, "run", lambda *given, run=original: called.append(run) or run(*given))
     layer = FactorizedEmbedding(53, 12, format=TT(3))
     for mode, times in (("none", 0), ("auto", 0), ("only", 2)):  # on the CPU
-        monkeypatch.setattr(gather, "kernels", lambda mode=mode: mode)
+        monkeypatch.setattr(fused_lookup, "kernels", lambda mode=mode: mode)
         layer(torch.tensor([3])).sum().backward()
         assert len(called) == times
     for refused, reason in (
@@ -161,11 +162,27 @@ def test_the_mode_is_that_of_use_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.undo()
     table, ids = FactorizedEmbedding(50, 12, format=TT(3)), torch.tensor([3, 4, 4, 49])
     network = table.own_network
-    assert gather.fused(network, list(table.cores)) is None  # on the CPU only where it is demanded
+    assert found_chain(network, list(table.cores)) is None  # on the CPU only where it is demanded
     with use_kernels("triton"):
-        assert gather.fused(network, list(table.cores)) == lookup.train(network)
+        assert found_chain(network, list(table.cores)) == lookup.train(network)
         assert error(table(ids), table.to_dense().double()[ids]) < TOLERANCE[SINGLE]
         with pytest.raises(KernelError, match="no Triton kernel supports this lookup"):
             FactorizedEmbedding(50, 12, format=LowRank(3))(ids)
     with use_kernels("torch"):
-        assert gather.fused(network, list(table.cores)) is None
+        assert found_chain(network, list(table.cores)) is None
+
+
+def test_explained() -> None:
+    ids = torch.tensor([3, 4, 4, 49])
+    train, other = (FactorizedEmbedding(50, 12, format=format) for format in (TT(3), LowRank(3)))
+    assert explain(train, ids).chosen == "contraction"
+    assert "only where it is demanded" in explain(train, ids).rows[1].refusal
+    assert "no tensor train" in explain(other, ids).rows[1].refusal
+    with use_kernels("torch"):
+        assert "switches it off" in explain(train, ids).rows[1].refusal
+    with use_kernels("triton"):
+        said = explain(train, ids)
+        assert said.chosen == "lookup"
+        assert [row.name for row in said.backward if not row.refusal] == ["lookup_gradients"]
+        with pytest.raises(KernelError, match="no tensor train"):
+            explain(other, ids)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tensorlayers import contraction, fused_rebuild, launch
+from tensorlayers import contraction, fused_rebuild, launch_tables
 from tensorlayers.chain import viewed
 from tensorlayers.errors import KernelError
 from tensorlayers.formats import BTT, CP, TT, Format, LowRank, Tucker
@@ -51,14 +51,14 @@ ROWS, MACHINE = 5, shipped("cuda")
 
 
 @pytest.fixture(autouse=True)
-def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[launch.Table]:
+def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[launch_tables.Table]:
     """Of problems that are aligned there are other tiles than of the others."""
     kernels = {
         "rebuild": dict.fromkeys(("half", "float32"), SMALL),
         "rebuild_ragged": {"half": LARGE, "float32": SMALL},
     }
-    table = replace(launch.shipped(launch.DEFAULT), kernels=kernels)
-    monkeypatch.setattr(launch, "table", lambda arch: table)
+    table = replace(launch_tables.shipped(launch_tables.DEFAULT), kernels=kernels)
+    monkeypatch.setattr(launch_tables, "table", lambda arch: table)
     monkeypatch.setattr(fused_rebuild, "table_of", lambda arch: table)
     fused_rebuild.candidate.cache_clear()
     yield table
@@ -103,7 +103,7 @@ def surrounded(view: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", FORMS)
 def test_parity_within_its_own_memory_and_as_counted(
-    watch: Watch, table: launch.Table, name: str, size: str, dtype: torch.dtype
+    watch: Watch, table: launch_tables.Table, name: str, size: str, dtype: torch.dtype
 ) -> None:
     sizes = SIZES[size]
     if name == "blocks" and size != "ones":  # of heads, which are programs of their own, there are fewer

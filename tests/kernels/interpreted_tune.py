@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tensorlayers import cli, launch, tune
+from tensorlayers import cli, launch, launch_tables, tune
 from tensorlayers.errors import CostModelError
 from tensorlayers.kernels import chain as kernel
 
@@ -26,11 +26,11 @@ def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[launch.Tiles]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[launch_tables.Tiles]:
     """The tiles of all launches, as the kernel takes them."""
-    found: list[launch.Tiles] = []
+    found: list[launch_tables.Tiles] = []
 
-    def run(*operands: Tensor, table: launch.Table) -> None:
+    def run(*operands: Tensor, table: launch_tables.Table) -> None:
         found.append(LAUNCHED(kernel.problem(*operands), table).tiles)
 
     monkeypatch.setattr(kernel, "run", run)
@@ -38,7 +38,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[launch.Tiles]:
 
 
 def test_the_fastest_neighbour_is_kept_and_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: list[launch.Tiles]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: list[launch_tables.Tiles]
 ) -> None:
     monkeypatch.setenv("TENSORLAYERS_MACHINES", str(tmp_path))
 
@@ -46,7 +46,7 @@ def test_the_fastest_neighbour_is_kept_and_read_again(
         call()
         return abs(launched[-1].n - 32) + launched[-1].stages / 10  # tiles of 32 columns and few stages are fastest
 
-    before = launch.shipped(launch.DEFAULT)
+    before = launch_tables.shipped(launch_tables.DEFAULT)
     found = tune.tune("cpu", timer)
     assert {row.tiles.n for row in found.rows if row.dtype == "half"} <= {16, 32, 64}
     for row, old in zip(found.rows, before.rows, strict=True):
@@ -54,20 +54,20 @@ def test_the_fastest_neighbour_is_kept_and_read_again(
         assert row.tiles == old.tiles or row.dtype == "half"
     assert replace(found, rows=before.rows, kernels=before.kernels).rates == before.rates
     assert (found.kernels, found.processors) == (before.kernels, before.processors)
-    assert tune.write(found) == tmp_path / f"{launch.DEFAULT}.json"
-    read = launch.table(launch.DEFAULT)
+    assert tune.write(found) == tmp_path / f"{launch_tables.DEFAULT}.json"
+    read = launch_tables.table(launch_tables.DEFAULT)
     assert read.rows == found.rows
     assert tune.to_json(read) == tune.to_json(found)
-    launch.table.cache_clear()
+    launch_tables.table.cache_clear()
 
 
-@pytest.mark.parametrize("arch", launch.architectures())
+@pytest.mark.parametrize("arch", launch_tables.architectures())
 @pytest.mark.parametrize("most", [True, False], ids=["the largest", "the smallest"])
 def test_what_is_written_is_what_ran(
-    arch: str, most: bool, monkeypatch: pytest.MonkeyPatch, launched: list[launch.Tiles]
+    arch: str, most: bool, monkeypatch: pytest.MonkeyPatch, launched: list[launch_tables.Tiles]
 ) -> None:
-    monkeypatch.setattr(launch, "architecture", lambda device: arch)
-    per_row: list[set[launch.Tiles]] = []
+    monkeypatch.setattr(launch_tables, "architecture", lambda device: arch)
+    per_row: list[set[launch_tables.Tiles]] = []
 
     def progress(rows: Any) -> Any:
         for row in rows:
@@ -81,7 +81,7 @@ def test_what_is_written_is_what_ran(
         return 1 / size if most else size
 
     found = tune.tune("cpu", timer, progress)
-    for row, old, ran in zip(found.rows, launch.shipped(arch).rows, per_row, strict=True):
+    for row, old, ran in zip(found.rows, launch_tables.shipped(arch).rows, per_row, strict=True):
         if row.dtype == "half":
             assert row.tiles in ran
             # Of its neighbours only those columns are passed over that the row has none of.
@@ -93,7 +93,7 @@ def test_what_is_written_is_what_ran(
 
 
 def test_the_problem_of_a_row_takes_its_tiles() -> None:
-    table = launch.shipped(launch.DEFAULT)
+    table = launch_tables.shipped(launch_tables.DEFAULT)
     for row in table.rows:
         if row.dtype == "half":
             problem = kernel.problem(*tune._operands(row, "cpu"))
@@ -102,13 +102,13 @@ def test_the_problem_of_a_row_takes_its_tiles() -> None:
 
 
 def test_what_the_chip_lacks_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(*operands: object, table: launch.Table) -> None:
+    def run(*operands: object, table: launch_tables.Table) -> None:
         if table.rows[0].tiles.stages > 1:
             raise OutOfResources
 
     monkeypatch.setattr(kernel, "run", run)
     found = tune.tune("cpu", lambda call: (call(), 1.0)[1])
-    before = launch.shipped(launch.DEFAULT).rows
+    before = launch_tables.shipped(launch_tables.DEFAULT).rows
     for row, old in zip(found.rows, before, strict=True):
         assert row.tiles.stages == 1 or row == old
     monkeypatch.setattr(kernel, "run", lambda *operands, table: 1 / 0)
@@ -121,10 +121,10 @@ class OutOfResources(Exception):
 
 
 def test_a_chip_with_less_memory_gets_smaller_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "architecture", lambda device: "sm_86")
-    ran: set[launch.Tiles] = set()
+    monkeypatch.setattr(launch_tables, "architecture", lambda device: "sm_86")
+    ran: set[launch_tables.Tiles] = set()
 
-    def run(*operands: Tensor, table: launch.Table) -> None:
+    def run(*operands: Tensor, table: launch_tables.Table) -> None:
         tiles = LAUNCHED(kernel.problem(*operands), table).tiles
         if tiles.stages * tiles.heads * tiles.m * tiles.n > 16 * 64:
             raise OutOfResources
@@ -133,8 +133,8 @@ def test_a_chip_with_less_memory_gets_smaller_tiles(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(kernel, "run", run)
     found = tune.tune("cpu", lambda call: (call(), 1.0)[1])
     assert {row.tiles for row in found.rows if row.dtype == "half"} <= ran
-    read = launch.read(tune.write(found, tmp_path / "sm_86.json"), "sm_86")
-    before = launch.shipped("sm_86")
+    read = launch_tables.read(tune.write(found, tmp_path / "sm_86.json"), "sm_86")
+    before = launch_tables.shipped("sm_86")
     assert (before.arch, len(read.rows)) == ("sm_80", len(before.rows))
     for row in read.rows:
         if row.dtype != "half":
@@ -183,15 +183,17 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setenv("TENSORLAYERS_MACHINES", str(tmp_path / "used"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(launch_tables, "architecture", lambda device: "sm_90")
     devices: list[str] = []
-    monkeypatch.setattr(tune, "tune", lambda device, progress: (devices.append(device), launch.shipped("sm_90"))[1])
+    monkeypatch.setattr(
+        tune, "tune", lambda device, progress: (devices.append(device), launch_tables.shipped("sm_90"))[1]
+    )
     return devices
 
 
 def test_the_command(tmp_path: Path, measured: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tune"]) == 0
-    assert launch.read(tmp_path / "used" / "sm_90.json", "sm_90").rows == launch.shipped("sm_90").rows
+    assert launch_tables.read(tmp_path / "used" / "sm_90.json", "sm_90").rows == launch_tables.shipped("sm_90").rows
     assert "used from now on; delete it" in capsys.readouterr().out
     out = tmp_path / "deep" / "mine.json"
     assert cli.main(["tune", "--device", "cuda:1", "--out", str(out)]) == 0

@@ -9,7 +9,7 @@ import triton
 
 from benchmarks import aot
 from benchmarks.aot_cases import Case, cases
-from tensorlayers import launch
+from tensorlayers import launch_tables
 
 
 def hardest() -> list[Case]:
@@ -19,7 +19,7 @@ def hardest() -> list[Case]:
 
 @pytest.mark.parametrize("case", hardest(), ids=lambda case: f"{case.name}-{case.dtype}-{case.layout}")
 def test_every_row_of_the_table_compiles_within_the_chip(case: Case) -> None:
-    assert aot.faults(case, aot.compiled(case, "sm_90"), launch.shipped("sm_90")) == []
+    assert aot.faults(case, aot.compiled(case, "sm_90"), launch_tables.shipped("sm_90")) == []
 
 
 def test_what_was_found_is_of_these_sources() -> None:
@@ -29,5 +29,5 @@ def test_what_was_found_is_of_these_sources() -> None:
     assert {version.rsplit(".", 1)[0] for version in found["triton"]} >= {"3.6", triton.__version__.rsplit(".", 1)[0]}
     for version, archs in found["triton"].items():
         assert archs.pop("faults") == [], version
-        for arch in launch.architectures():
+        for arch in launch_tables.architectures():
             assert archs[arch].keys() == {f"{case.name} {case.dtype}" for case in cases(arch)}

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from tensorlayers import decision, fused_rebuild, launch, machine
+from tensorlayers import decision, fused_rebuild, launch_tables, machine
 from tensorlayers.formats import BTT, CP, TT, Format, LowRank, ModeProducts, Tucker
 from tensorlayers.fused_rebuild import FusedRebuild, candidate, candidates
 from tensorlayers.network import Mode, Network, linear_modes
@@ -100,7 +100,7 @@ def test_the_gradient_of_the_weight_is_copied_for_many_rows_alone() -> None:
 
 
 def test_predicted_times_grow_with_each_size_and_with_short_runs() -> None:
-    table = launch.shipped("sm_90")
+    table = launch_tables.shipped("sm_90")
     least = Problem(8, 512, 512, 64)
     first = planned(least, table)
     for name in ("heads", "m", "n", "k"):
