@@ -32,9 +32,11 @@ if "tensorlayers" not in sys.modules:
     sys.modules["tensorlayers"] = _package
 
 from tensorlayers import autograd, contraction, decision, products  # noqa: E402
+from tensorlayers.activation import activation as activation_of  # noqa: E402
 from tensorlayers.network import Network, linear_modes  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # relative RMS error
+TF32 = 3e-3  # that of float32 where it is multiplied so
 Modes = tuple[int, ...]
 Record = dict[str, Any]
 is_dry = "--dry" in sys.argv
@@ -150,6 +152,16 @@ def way(layer: Layer, name: str | None) -> Callable[[Tensor, Sequence[Tensor]], 
     """The product of a layer by a way of `decision`; None: by what is decided for."""
     spec = products.row_product(layer.network, name, name is None or name in decision.KERNELS)
     return lambda x, cores: autograd.product(spec, x, cores)
+
+
+def epilogue(layer: Layer, name: str, activation: str) -> float:
+    """The relative RMS error of a way that adds a bias and applies an activation to what it stores."""
+    bias = torch.randn(layer.dy.shape[1], device=device).to(layer.dtype)
+    spec = autograd.built(products.row_product(layer.network, name, name in decision.KERNELS))
+    with torch.no_grad():
+        y = spec.activated(layer.x, layer.cores, bias, activation)
+        exact = F.linear(layer.x.double(), layer.weight(torch.float64), bias.double())
+        return errors([y], [activation_of(activation)(exact)])[0]
 
 
 def einsum(layer: Layer) -> Callable[[Tensor, Sequence[Tensor]], Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,6 +19,7 @@ from gpu_timing import both, dense_times, filled_with_nan, right_times, timed, t
 from torch import nn
 
 from tensorlayers import contraction, decision
+from tensorlayers.activation import ACTIVATIONS
 from tensorlayers.network import Network
 
 LAYERS: dict[str, tuple[Modes, Modes]] = {
@@ -41,21 +43,36 @@ FORMATS = {name: cases.FORMATS[name] for name in (("TT", "CP") if cases.is_dry e
 
 @dataclass(frozen=True)
 class Case:
-    """A network and rows of a dtype, with what to call it."""
+    """A network and rows of a dtype, with what to call it; `tf32`: float32 is multiplied so."""
 
     labels: Record
     network: Network
     rows: int
     dtype: torch.dtype
+    tf32: bool = False
 
     @property
     def layer(self) -> Layer:
         """With values."""
         return Layer(self.network, self.rows, self.dtype)
 
+    @property
+    def tolerance(self) -> float:
+        """The largest relative RMS error."""
+        return cases.TF32 if self.tf32 else TOLERANCE[self.dtype]
+
 
 def parity_of(case: Case) -> list[Record]:
-    """The result and every gradient of every kernel, against float64."""
+    """The result and every gradient of every kernel, and its result with a bias and an activation, against float64."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
+    try:
+        return _compared(case)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def _compared(case: Case) -> list[Record]:
     layer, records = case.layer, []
     exact = layer.exact()
     for name in decision.KERNELS:
@@ -65,7 +82,8 @@ def parity_of(case: Case) -> list[Record]:
                 continue
             with filled_with_nan():
                 record["errors"] = cases.errors(cases.results(cases.way(layer, name), layer), exact)
-            record["passed"] = max(record["errors"]) <= TOLERANCE[case.dtype]
+                record["epilogue_error"] = cases.epilogue(layer, name, case.labels["activation"])
+            record["passed"] = max(*record["errors"], record["epilogue_error"]) <= case.tolerance
         except Exception as error:
             record |= {"error": f"{type(error).__name__}: {error}", "passed": False}
         records.append(record)
@@ -89,15 +107,16 @@ def _worked_on(job: tuple[bool, Case]) -> list[Record]:
 
 def parity() -> list[Record]:
     """Of every kernel, format and dtype, at ragged shapes. All that is timed later is compiled beside it."""
-    made = []
-    for dtype in (torch.float32,) if cases.is_dry else TOLERANCE:
+    made, activations = [], itertools.cycle(ACTIVATIONS)
+    dtypes = [(torch.float32, False)] if cases.is_dry else [(dtype, False) for dtype in TOLERANCE]
+    for dtype, tf32 in (*dtypes, (torch.float32, True)):
         for format, make in {**FORMATS, TRAIN3: train}.items():
             for out_modes, in_modes, rank, rows in RAGGED[:1] if cases.is_dry else RAGGED:
                 if format == TRAIN3:
                     out_modes, in_modes = (*out_modes, 3), (*in_modes, 2)
-                labels = {"dtype": str(dtype), "format": format, "rows": rows, "rank": rank}
-                labels |= {"out": out_modes, "in": in_modes}
-                made.append(Case(labels, make(out_modes, in_modes, rank), rows, dtype))
+                labels = {"dtype": "tf32" if tf32 else str(dtype), "format": format, "rows": rows, "rank": rank}
+                labels |= {"out": out_modes, "in": in_modes, "activation": next(activations)}
+                made.append(Case(labels, make(out_modes, in_modes, rank), rows, dtype, tf32))
     jobs = [(True, case) for case in made]
     if not cases.is_dry:
         jobs += [(False, case) for some in (_reruns, _trains, _formats, _others) for case in some()]
