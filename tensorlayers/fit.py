@@ -1,4 +1,4 @@
-"""Fitting cores to a dense tensor: sequential SVD, Tucker, CP, and least squares over the cores of any network.
+"""Fitting cores to a dense tensor: sequential SVD, Tucker and CP. Least squares over any network: see als.py.
 
 TensorLy does what it can do well; what it does not guard is guarded here: ranks are clamped, weights are normalised by
 the caller (regularisation is absolute there), random starts come from torch's generator.
@@ -16,16 +16,12 @@ import torch.nn.functional as F
 from tensorly.decomposition import tucker as tensorly_tucker
 from torch import Tensor
 
-from . import contraction
+from .als import RIDGE, least_squares
 from .decompose import balance
 from .network import Network
 
 _COMPONENT_BOUND = 3.0
 """CP: the root sum of squares of the components' norms stays below this many times the tensor's norm."""
-
-_RIDGE = 1e-7
-_SWEEPS = 100
-_TOLERANCE = 1e-5
 
 
 def sequential_svd(dense: Tensor, network: Network) -> list[Tensor]:
@@ -155,7 +151,7 @@ def cp(dense: Tensor, network: Network) -> list[Tensor]:
     modes = tuple(replace(mode, size=size) for mode, size in zip(network.modes, compressed.shape, strict=True))
     inner = Network(network.cores, ((network.bonds[0], rank),), modes)
     start = balance(inner, [_leading(compressed, k, rank) for k in range(compressed.dim())])
-    ridge = _RIDGE
+    ridge = RIDGE
     while True:
         cores, _ = least_squares(inner, compressed, start, ridge=ridge)
         if bases is not None:
@@ -198,95 +194,3 @@ def _cp_exact(dense: Tensor) -> list[Tensor]:
     for column, k in enumerate(others):
         factors[k] = F.one_hot(grid[:, column], dense.shape[k]).T.to(dense.dtype)
     return factors
-
-
-def least_squares(
-    network: Network,
-    dense: Tensor | tuple[Network, Sequence[Tensor]],  # shape network.shape, norm 1
-    cores: Sequence[Tensor],  # shapes network.core_shapes
-    *,
-    ridge: float = _RIDGE,
-    sweeps: int = _SWEEPS,
-    tolerance: float = _TOLERANCE,
-    only: Sequence[int] | None = None,
-) -> tuple[list[Tensor], float]:
-    r"""Alternating least squares over the cores of any network.
-
-    The dense weight is linear in each core: for core k, :math:`\min_X \|W - E_k X\|^2 + \lambda \|X\|^2`, where
-    the environment :math:`E_k` contracts the other cores. Its normal equations follow from the index names.
-
-    Parameters
-    ----------
-    network : Network
-    dense : Tensor, or (Network, sequence of Tensor)
-        The weight, or another network of the same modes that gives it; that is not contracted to it.
-    cores : sequence of Tensor
-        The start.
-    ridge : float
-        :math:`\lambda`, relative to the mean diagonal of the normal matrix.
-    sweeps : int
-        The most passes over the cores.
-    tolerance : float
-        Stop where a sweep explains less than this fraction more of the squared norm. (Of trained weights an extreme
-        compression explains a few per cent: the error itself hardly moves while the fit doubles.)
-    only : sequence of int, optional
-        The cores to solve for; the others stay as they are, and nothing is balanced. By default all.
-
-    Returns
-    -------
-    list of Tensor, float
-        The cores, and their relative error.
-    """
-    cores = list(cores)
-    error = math.inf
-    for _ in range(sweeps):
-        before = error
-        for k in range(len(cores)) if only is None else only:
-            cores[k], error = _solve_core(network, dense, cores, k, ridge)
-        cores = balance(network, cores) if only is None else cores
-        if before**2 - error**2 <= tolerance * (1 - error**2):
-            break
-    return cores, error
-
-
-def _solve_core(
-    network: Network,
-    dense: Tensor | tuple[Network, Sequence[Tensor]],
-    cores: Sequence[Tensor],
-    k: int,
-    ridge: float,
-) -> tuple[Tensor, float]:
-    """The best core k with the others fixed, and the relative error then."""
-    target = network.cores[k]
-    others = [(names, core) for j, (names, core) in enumerate(zip(network.cores, cores, strict=True)) if j != k]
-    elsewhere = {index for names, _ in others for index in names}
-    free = [mode.name for mode in network.modes]
-    batch = [index for index in target if index in free and index in elsewhere]
-    own = [index for index in target if index in free and index not in elsewhere]
-    bonds = [index for index in target if index not in free]
-    copy = {bond: f"{bond}'" for bond in network.bonds}
-    copies = [tuple(copy.get(index, index) for index in names) for names, _ in others]
-    sizes = {**network.size, **{copy[bond]: network.size[bond] for bond in network.bonds}}
-    tensors = [core for _, core in others]
-    names = [names for names, _ in others]
-    given, parts = ((tuple(free),), (dense,)) if isinstance(dense, Tensor) else (dense[0].cores, dense[1])
-    if not isinstance(dense, Tensor):
-        theirs = {bond: f"{bond}*" for bond in dense[0].bonds}
-        given = tuple(tuple(theirs.get(index, index) for index in core) for core in given)
-        sizes |= {theirs[bond]: dense[0].size[bond] for bond in theirs}
-    right = contraction.contract((*given, *names), (*batch, *bonds, *own), (*parts, *tensors), sizes)
-    gram = contraction.contract(
-        (*names, *copies), (*batch, *bonds, *(copy[bond] for bond in bonds)), (*tensors, *tensors), sizes
-    )
-    count = math.prod(sizes[index] for index in batch)
-    size = math.prod(sizes[index] for index in bonds)
-    right = right.reshape(count, size, -1).double()
-    gram = gram.reshape(count, size, size).double()
-    # Where a whole block of the environment vanished its mean is 0, and the ridge must still be positive.
-    mean = gram.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(torch.finfo(cores[k].dtype).tiny)
-    gram_ridge = gram + (ridge * mean)[:, None, None] * torch.eye(size, dtype=gram.dtype, device=gram.device)
-    solution = torch.linalg.solve_ex(gram_ridge, right)[0]
-    squared = 1 - 2 * (solution * right).sum() + (solution * (gram @ solution)).sum()
-    order = [*batch, *bonds, *own]
-    core = solution.to(cores[k].dtype).reshape([sizes[index] for index in order])
-    return core.permute([order.index(index) for index in target]), float(squared.clamp_min(0).sqrt())

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tensorlayers import contraction, decompose, fit, testing
+from tensorlayers import als, contraction, decompose, testing
 from tensorlayers.errors import DecompositionError
 from tensorlayers.formats import CP, Tucker
 from tensorlayers.testing import EXACT, TOLERANCE, dense_by_hand
@@ -137,7 +137,7 @@ def test_least_squares_never_rises(cls, out_modes, in_modes):
     cores = [torch.randn(shape, dtype=torch.float64) for shape in network.core_shapes]
     errors = []
     for _ in range(6):
-        cores, error = fit.least_squares(network, dense, cores, sweeps=1)
+        cores, error = als.least_squares(network, dense, cores, sweeps=1)
         truth = testing.relative_error(dense_by_hand(network, cores), dense)
         assert error == pytest.approx(truth, abs=1e-6)
         errors.append(truth)
@@ -150,7 +150,7 @@ def test_least_squares_keeps_an_exact_fit(cls):
     network = cls(2, **SPLIT).network(48, 36)
     cores = [torch.randn(shape, dtype=torch.float64) for shape in network.core_shapes]
     dense = dense_by_hand(network, cores)
-    fitted, error = fit.least_squares(network, dense / dense.norm(), cores)
+    fitted, error = als.least_squares(network, dense / dense.norm(), cores)
     assert error <= 1e-6
     testing.assert_close(contraction.to_dense(network, fitted), dense / dense.norm(), torch.float32)
 

@@ -47,6 +47,8 @@ ORDER = [
     {"conv_cost", "conv_maps"},
     {"formats"},
     {"fit"},
+    {"als"},
+    {"normal_equations"},
     {"decompose", "rank", "rounding", "tensorize"},
     {"group"},
     {"adjoint", "chain"},

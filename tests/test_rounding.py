@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensorlayers import CP, TT, DecompositionError, LowRank, NetworkError, RankError, Tucker
-from tensorlayers.fit import least_squares
+from tensorlayers.als import least_squares
 from tensorlayers.formats import available
 from tensorlayers.network import Axis, Mode, Network, linear_axes
 from tensorlayers.rounding import round_bonds, round_network

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..als import least_squares
 from ..errors import FormatError, RankError
-from ..fit import least_squares
 from ..network import Axis, Mode, Network, modes_of
 from ..rank import Rank
 from .base import Format, names_by_role

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from .. import contraction
+from ..als import least_squares
 from ..decompose import balance
 from ..errors import NetworkError, RankError
-from ..fit import least_squares
 from ..network import Network
 from ..precision import without_autocast
 from ..rank import Rank, clamp, resolve
