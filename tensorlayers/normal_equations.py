@@ -1,4 +1,4 @@
-"""The normal equations of one core of a network, the others fixed, in any metric: from index names; and solving them."""
+"""The normal equations of one core of a network, the others fixed, in any metric: found by index names, and solved."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Factor:
     @property
     def names(self) -> Indices:
         """The indices of `values`: those of the second place are primed."""
-        return (*self.batch, *self.modes, *map(_primed, self.modes))
+        return (*self.batch, *self.modes, *map(primed, self.modes))
 
 
-def _primed(index: str) -> str:
+def primed(index: str) -> str:
     return f"{index}'"
 
 
@@ -65,9 +65,9 @@ class Fit:
         self.weighted = {name for factor in metric for name in factor.batch}
         self.sizes = dict(network.size)
         for index in (*network.bonds, *self.coupled):
-            self.sizes[_primed(index)] = network.size[index]
+            self.sizes[primed(index)] = network.size[index]
         # The weight has the primed modes, which the factors turn into plain ones.
-        turned = {name: _primed(name) for name in self.coupled}
+        turned = {name: primed(name) for name in self.coupled}
         if isinstance(dense, Tensor):
             self.given: tuple[Indices, ...] = (_renamed(self.free, turned),)
             self.parts: tuple[Tensor, ...] = (dense,)
@@ -96,11 +96,11 @@ class Fit:
     def marginal(self, modes: Indices) -> tuple[Tensor, Tensor]:
         """Eigenvalues and eigenvectors of the mean form of some coupled modes, the others traced; of trace 1."""
         if modes not in self._marginals:
-            traced = {_primed(name): name for name in self.coupled if name not in modes}
+            traced = {primed(name): name for name in self.coupled if name not in modes}
             wanted = [factor for factor in self.metric if set(modes) & set(factor.modes)]
             nodes = [_traced(factor.names, factor.values, traced) for factor in wanted]
             names, tensors = zip(*nodes, strict=True)
-            form = self.contract(names, (*modes, *map(_primed, modes)), tensors)
+            form = self.contract(names, (*modes, *map(primed, modes)), tensors)
             form = form.reshape(self.volume(modes), -1).double()
             self._marginals[modes] = _eigen(form / form.trace().clamp_min(torch.finfo(form.dtype).tiny))
         return self._marginals[modes]
@@ -144,8 +144,8 @@ class Core:
 
     def __init__(self, fit: Fit, cores: Sequence[Tensor], k: int) -> None:
         self.fit, self.start, self.target = fit, cores[k], fit.network.cores[k]
-        bonds = {bond: _primed(bond) for bond in fit.network.bonds}
-        self.turned = {**bonds, **{name: _primed(name) for name in fit.coupled}}
+        bonds = {bond: primed(bond) for bond in fit.network.bonds}
+        self.turned = {**bonds, **{name: primed(name) for name in fit.coupled}}
         self.others = [(names, core) for j, (names, core) in enumerate(zip(fit.network.cores, cores)) if j != k]
         elsewhere = {index for names, _ in self.others for index in names}
         shared = (elsewhere | fit.weighted) - fit.coupled
@@ -254,7 +254,7 @@ class Core:
 
     def _sides(self, block: _Block) -> Indices:
         batch = [index for index in self.batch if any(index in names for names in block.names)]
-        return (*batch, *block.unknown, *map(_primed, block.unknown))
+        return (*batch, *block.unknown, *map(primed, block.unknown))
 
     def _matrix(self, block: _Block, unknown: Indices | None = None, traced: Mapping[str, str] | None = None) -> Tensor:
         """Of a block, (batch, n, n); the batch is of size 1 along what it does not carry."""
@@ -262,7 +262,7 @@ class Core:
         nodes = [_traced(*node, traced or {}) for node in zip(block.names, block.tensors, strict=True)]
         names, tensors = zip(*nodes, strict=True)
         batch = [index for index in self.batch if any(index in term for term in names)]
-        found = self.fit.contract(names, (*batch, *unknown, *map(_primed, unknown)), tensors)
+        found = self.fit.contract(names, (*batch, *unknown, *map(primed, unknown)), tensors)
         n = self.fit.volume(unknown)
         found = found.reshape([self.fit.sizes[i] if i in batch else 1 for i in self.batch] + [n, n])
         sizes = [self.fit.sizes[index] for index in self.batch]
@@ -273,7 +273,7 @@ class Core:
         """The mean diagonal of the normal matrix, (batch)."""
         found = torch.ones(self.fit.volume(self.batch), dtype=torch.float64, device=self.start.device)
         for block in self.blocks:
-            traced = {_primed(index): index for index in block.unknown}
+            traced = {primed(index): index for index in block.unknown}
             found = found * self._matrix(block, (), traced)[:, 0, 0] / self.fit.volume(block.unknown)
         return found
 
@@ -296,7 +296,7 @@ class Core:
         for block in self.blocks:
             modes = tuple(index for index in block.unknown if index in self.fit.coupled)
             bonds = tuple(index for index in block.unknown if index not in modes)
-            traced = {_primed(index): index for index in modes}
+            traced = {primed(index): index for index in modes}
             pairs.append(_eigen(self._matrix(block, bonds, traced)))
             groups.append(bonds)
             if modes:

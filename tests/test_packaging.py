@@ -46,7 +46,7 @@ ORDER = [
     {"conv_search", "measure_conv", "measure_gemm"},
     {"conv_cost", "conv_maps"},
     {"formats"},
-    {"fit"},
+    {"fit", "metric"},
     {"als"},
     {"normal_equations"},
     {"decompose", "rank", "rounding", "tensorize"},
