@@ -22,6 +22,7 @@ from ..precision import itemsize
 from . import leaf
 from .dispatched import DispatchedLayer
 from .kind import Settings, check_sizes, plain
+from .windows import windows
 
 _DEFAULT = LowRank(0.25)
 
@@ -127,6 +128,16 @@ class _FactorizedConv(DispatchedLayer):
         if getattr(type(module), name, None) is not getattr(dense, name, None):
             return f"parametrized: {type(module).__name__} replaces the convolution"
         return ""
+
+    @classmethod
+    def columns(cls, module: nn.Module, x: Tensor) -> Tensor:
+        return windows(module, x, cls.settings_of(module), cls.transposed)
+
+    @classmethod
+    def gradients(cls, module: nn.Module, dy: Tensor) -> Tensor:
+        groups = cls.settings_of(module)["groups"]
+        dy = (dy if dy.dim() == cls.dimensions + 2 else dy[None]).movedim(1, -1)
+        return dy if groups == 1 else dy.reshape(*dy.shape[:-1], groups, -1)
 
     @classmethod
     def dense_cost(cls, settings: Mapping[str, Any], rows: int) -> Cost:

@@ -146,6 +146,18 @@ class LayerKind(ABC):
         """The inverse of `to_axes`."""
         return weight
 
+    @classmethod
+    def columns(cls, module: nn.Module, x: Tensor) -> Tensor:
+        """What the weight of a dense layer multiplies in an input: (*positions, n), or (*positions, groups, n), where n
+        is the product of the axes of role in and kernel. Of a lookup the ids, (*positions)."""
+        return x
+
+    @classmethod
+    def gradients(cls, module: nn.Module, dy: Tensor) -> Tensor:
+        """A gradient of the output of a dense layer as (*positions, m), or (*positions, groups, m), where m is the
+        product of the axes of role out."""
+        return dy
+
     @property
     def deviation(self) -> float:
         """The standard deviation that torch draws the dense weight with."""

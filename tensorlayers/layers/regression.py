@@ -187,6 +187,14 @@ class _TensorMap(DispatchedLayer):
         return *settings["out_shape"], *settings["in_shape"]
 
     @classmethod
+    def columns(cls, module: nn.Module, x: Tensor) -> Tensor:
+        return _flat(x, module.in_shape)  # type: ignore[arg-type]
+
+    @classmethod
+    def gradients(cls, module: nn.Module, dy: Tensor) -> Tensor:
+        return _flat(dy, module.out_shape)  # type: ignore[arg-type]
+
+    @classmethod
     def dense_cost(cls, settings: Mapping[str, Any], rows: int) -> Cost:
         return cost.dense_linear(math.prod(settings["out_shape"]), math.prod(settings["in_shape"]), rows)
 

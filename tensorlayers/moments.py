@@ -1,0 +1,107 @@
+"""Second moments of what a layer takes and of the gradients of what it gives, gathered batch by batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .metric import Metric
+
+INPUT_RIDGE, OUTPUT_RIDGE = 1e-2, 1e-1
+"""What is added to the diagonal of second moments, relative to its mean: what few data do not show still counts."""
+
+
+@dataclass(eq=False)
+class Moments:
+    """Sums over positions, in float64.
+
+    Parameters
+    ----------
+    count : float
+        How many positions were seen.
+    total : Tensor
+        The sum of the inputs, (n) or (groups, n); empty for lookups.
+    inputs : Tensor
+        The sum of their outer products, (n, n) or (groups, n, n); of lookups how often each row was, (n).
+    outputs : Tensor or None
+        The sum of the outer products of gradients of the model's output, (m, m) or (groups, m, m).
+    """
+
+    count: float
+    total: Tensor
+    inputs: Tensor
+    outputs: Tensor | None = None
+
+    @classmethod
+    def of(cls, columns: Tensor, rows: int) -> Moments:
+        """Of (positions, n), (positions, groups, n), or ids (positions) of so many rows."""
+        if not columns.is_floating_point():
+            return cls(len(columns), torch.empty(0), torch.bincount(columns, minlength=rows).double())
+        return cls(len(columns), columns.sum(0, dtype=torch.float64), _outer(columns))
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether rows of a table are counted."""
+        return self.inputs.dim() == 1
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no sum is NaN or infinite."""
+        sums = (self.total, self.inputs, *([] if self.outputs is None else [self.outputs]))
+        return all(bool(torch.isfinite(one).all()) for one in sums)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean input, (n) or (groups, n); empty for lookups."""
+        return self.total / self.count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all sums."""
+        return sum(one.nbytes for one in (self.total, self.inputs, self.outputs) if one is not None)
+
+    def add(self, other: Moments) -> None:
+        """Add what was seen elsewhere."""
+        self.count += other.count
+        self.total += other.total
+        self.inputs += other.inputs
+
+    def add_outputs(self, gradients: Tensor, weight: float) -> None:
+        """Add gradients of the output, (positions, m) or (positions, groups, m)."""
+        found = _outer(gradients) * weight
+        self.outputs = found if self.outputs is None else self.outputs + found
+
+    def metric(
+        self, *, centered: bool = False, input_ridge: float = INPUT_RIDGE, output_ridge: float = OUTPUT_RIDGE
+    ) -> Metric:
+        """The metric of these data.
+
+        Parameters
+        ----------
+        centered : bool
+            About the mean input: what a bias can make good does not count.
+        input_ridge, output_ridge : float
+            What is added to the diagonals, relative to their mean.
+        """
+        inputs = self.inputs / self.count
+        if centered and not self.is_lookup:
+            inputs = inputs - self.mean[..., :, None] * self.mean[..., None, :]
+        outputs = None if self.outputs is None else _ridged(self.outputs / self.count, output_ridge)
+        return Metric(_ridged(inputs, input_ridge), outputs)
+
+
+def _outer(rows: Tensor) -> Tensor:
+    """The sum of the outer products of (positions, n) or (positions, groups, n), of a batch in at least float32."""
+    rows = rows.detach().to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+    rows = rows if rows.dim() == 2 else rows.movedim(1, 0)
+    return (rows.mT @ rows).double()
+
+
+def _ridged(form: Tensor, ridge: float) -> Tensor:
+    """A form or weights, with a share of the mean of the diagonal added to it."""
+    if form.dim() == 1:
+        return form + ridge * form.mean()
+    mean = form.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return form + ridge * mean[..., None, None] * torch.eye(form.shape[-1], dtype=form.dtype, device=form.device)
