@@ -31,11 +31,14 @@ class Decomposition:
         same norm on each core that carries it.
     error : float
         Relative error in Frobenius norm, ``||W - W_hat|| / ||W||``, of the cores as returned (rounding included).
+    output_error : float or None
+        Likewise in the metric that it was made in: that of the layer's outputs. None without one.
     """
 
     network: Network
     cores: tuple[Tensor, ...]
     error: float
+    output_error: float | None = None
 
 
 def decompose(
@@ -90,9 +93,7 @@ def _decompose(
         dense = dense / scale
         norm = float(torch.linalg.vector_norm(dense))
         dense, scale = dense / norm, scale * norm
-        padded = [math.prod(mode.size for mode in modes) for modes in modes_by_axis(axes, network)]
-        padding = [pair for size, whole in zip(dense.shape, padded, strict=True) for pair in (whole - size, 0)][::-1]
-        cores = list(fill(F.pad(dense, padding).reshape(network.shape), network))
+        cores = list(fill(tensorized(dense, axes, network), network))
         contraction.check_cores(network, cores)
         # A root for each core, not the power at once: 1e-30 has no float32 square.
         cores = [core * scale ** (1 / len(cores)) for core in balance(network, cores)]
@@ -102,6 +103,13 @@ def _decompose(
     if not all(bool(torch.isfinite(core).all()) for core in cast):
         raise DecompositionError(f"weight {tuple(weight.shape)}: the cores are not finite in {weight.dtype}")
     return Decomposition(network, cast, _relative_error(dense, axes, network, cast, scale))
+
+
+def tensorized(weight: Tensor, axes: Sequence[Axis], network: Network) -> Tensor:
+    """A weight of one dimension an axis in the modes of a network, padded with zeros: of shape ``network.shape``."""
+    padded = [math.prod(mode.size for mode in modes) for modes in modes_by_axis(axes, network)]
+    padding = [pair for size, whole in zip(weight.shape, padded, strict=True) for pair in (whole - size, 0)][::-1]
+    return F.pad(weight, padding).reshape(network.shape)
 
 
 def _relative_error(

@@ -354,7 +354,7 @@ def _load(layer: FactorizedLayer, weight: Weight, bias: Tensor | None) -> list[b
             core.copy_(values)
         if bias is not None and layer.bias is not None:
             layer.bias.copy_(bias)
-    layer.error = None
+    layer.error = layer.output_error = None
     return [values.requires_grad for values in cores]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,24 @@ from torch import Tensor
 
 from .metric import Metric
 
-INPUT_RIDGE, OUTPUT_RIDGE = 1e-2, 1e-1
+INPUT_RIDGE, OUTPUT_RIDGE, SHIFT_RIDGE = 1e-2, 1e-1, 1e-1
 """What is added to the diagonal of second moments, relative to its mean: what few data do not show still counts."""
+
+
+@dataclass(eq=False)
+class Source:
+    """What the dense model's layer took, beside another model's.
+
+    Parameters
+    ----------
+    cross : Tensor
+        The sum of the outer products of its inputs and the other's, (n, n) or (groups, n, n).
+    mean : Tensor
+        Its mean input.
+    """
+
+    cross: Tensor
+    mean: Tensor
 
 
 @dataclass(eq=False)
@@ -27,12 +44,15 @@ class Moments:
         The sum of their outer products, (n, n) or (groups, n, n); of lookups how often each row was, (n).
     outputs : Tensor or None
         The sum of the outer products of gradients of the model's output, (m, m) or (groups, m, m).
+    source : Source, optional
+        What the dense model's layer took at the same positions, where the inputs above are those of another model.
     """
 
     count: float
     total: Tensor
     inputs: Tensor
     outputs: Tensor | None = None
+    source: Source | None = None
 
     @classmethod
     def of(cls, columns: Tensor, rows: int) -> Moments:
@@ -62,6 +82,19 @@ class Moments:
         """Bytes of all sums."""
         return sum(one.nbytes for one in (self.total, self.inputs, self.outputs) if one is not None)
 
+    @classmethod
+    def pooled(cls, several: Sequence[Moments]) -> Moments:
+        """Those of several layers of one shape together."""
+        if len(several) == 1:
+            return several[0]
+        outputs = [one.outputs for one in several if one.outputs is not None]
+        return cls(
+            sum(one.count for one in several),
+            torch.stack([one.total for one in several]).sum(0),
+            torch.stack([one.inputs for one in several]).sum(0),
+            torch.stack(outputs).sum(0) if len(outputs) == len(several) else None,
+        )
+
     def add(self, other: Moments) -> None:
         """Add what was seen elsewhere."""
         self.count += other.count
@@ -72,6 +105,28 @@ class Moments:
         """Add gradients of the output, (positions, m) or (positions, groups, m)."""
         found = _outer(gradients) * weight
         self.outputs = found if self.outputs is None else self.outputs + found
+
+    def target(self, weight: Tensor, ridge: float = SHIFT_RIDGE) -> Tensor:
+        """The weight that makes of these inputs what a dense one, (m, n) or (groups, m, n), makes of the dense model's.
+
+        That of least squares, drawn towards the dense weight where data are few. The dense one itself where these
+        inputs are the dense model's.
+        """
+        if self.source is None:
+            return weight
+        inputs = self.inputs / self.count - self.mean[..., :, None] * self.mean[..., None, :]
+        cross = self.source.cross / self.count - self.source.mean[..., :, None] * self.mean[..., None, :]
+        share = ridge * inputs.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        dense = weight.double()
+        right = dense @ cross + share * dense
+        found: Tensor = torch.linalg.solve(_ridged(inputs, ridge), right.mT)
+        return found.mT.to(weight.dtype)
+
+    def bias(self, weight: Tensor, found: Tensor) -> Tensor:
+        """What a bias has to make good, of weights (m, n) or (groups, m, n): the difference of the mean outputs."""
+        given = self.mean if self.source is None else self.source.mean
+        before, after = weight.double() @ given[..., None], found.double() @ self.mean[..., None]
+        return (before - after).squeeze(-1)
 
     def metric(
         self, *, centered: bool = False, input_ridge: float = INPUT_RIDGE, output_ridge: float = OUTPUT_RIDGE

@@ -109,7 +109,7 @@ def convolutions():
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-@pytest.mark.parametrize(("name", "kernel", "options"), convolutions())
+@pytest.mark.parametrize(("name", "kernel", "options"), list(convolutions()))
 def test_convolutions_are_products_with_their_windows(name, kernel, options):
     module = getattr(nn, name)(4, 6, kernel, **options)
     layer = next(one for one in layer_types() if one.matches(module))

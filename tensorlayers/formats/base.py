@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import tensorize
-from ..decompose import Decomposition, decompose
+from ..decompose import Decomposition, decompose, tensorized
 from ..errors import DecompositionError, FormatError, ModeError
+from ..metric import Metric, fit, relative_error
 from ..network import Axis, Mode, Network, linear_axes, modes_of
 from ..rank import Rank, resolve, validate
 
@@ -147,7 +148,9 @@ class Format(ABC):
                 splits[positions[0]] = tensorize.check_modes(given, sizes[0], f"{role}_modes")
         return splits
 
-    def decompose(self, weight: Tensor, axes: Sequence[Axis] | None = None) -> Decomposition:
+    def decompose(
+        self, weight: Tensor, axes: Sequence[Axis] | None = None, metric: Metric | None = None
+    ) -> Decomposition:
         """Factorize a dense weight.
 
         Parameters
@@ -156,16 +159,18 @@ class Format(ABC):
             One dimension an axis.
         axes : sequence of Axis, optional
             By default those of a matrix (out_features, in_features).
+        metric : Metric, optional
+            What an error counts for. By default that of the weight's Frobenius norm.
 
         Returns
         -------
         Decomposition
-            The network, balanced cores in the dtype of `weight`, and their relative error.
+            The network, balanced cores in the dtype of `weight`, and their relative error; in a metric that too.
 
         Raises
         ------
         DecompositionError
-            If the weight is no finite floating-point tensor with these axes.
+            If the weight is no finite floating-point tensor with these axes, or the metric does not fit them.
         RankError, ModeError, FormatError
             Where rank or modes do not fit the shape.
         """
@@ -176,7 +181,13 @@ class Format(ABC):
                     "of other weights the axes are stated"
                 )
             axes = linear_axes(*weight.shape)
-        return decompose(weight, axes, self.resolve(axes)[0], self._fill_groups)
+        network = self.resolve(axes)[0]
+        if metric is None:
+            return decompose(weight, axes, network, self._fill_groups)
+        factors = metric.factors(axes, network)
+        found = decompose(weight, axes, network, lambda dense, network: fit(dense, network, self._fill_groups, factors))
+        error = relative_error(tensorized(weight.detach(), axes, network), network, found.cores, factors)
+        return dataclasses.replace(found, output_error=error)
 
     def _fill_groups(self, dense: Tensor, network: Network) -> list[Tensor]:
         """`fill`, for each group by itself where there are groups."""

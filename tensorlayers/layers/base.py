@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from .. import contraction, tensorize
 from ..errors import ConversionError, NetworkError, ReadOnlyWeightError
 from ..formats import Format, from_dict
+from ..moments import Moments
 from ..network import Axis, Network, modes_by_axis
 from ..precision import DTYPES, without_autocast
 from ..rank import Rank
-from . import draw, resize
+from . import data, draw, resize
 from .dropout import RankDropout
 from .frozen import Freezable, wants_grad
 from .weight import _WRITE, DenseWeight
@@ -56,6 +57,8 @@ class FactorizedLayer(Freezable, RankDropout):
         The dimensions of the dense weight.
     error : float or None
         Relative error of the weight when it was decomposed, ``||W - W_hat|| / ||W||``; None where it was drawn.
+    output_error : float or None
+        Likewise of its outputs on the data that it was fitted to; None where it was fitted to none.
     stack : (int, int) or None
         Of a jointly factorized layer, the number of layers that share the cores, and the position of this one.
     """
@@ -66,6 +69,7 @@ class FactorizedLayer(Freezable, RankDropout):
     bias: nn.Parameter | None
     axes: tuple[Axis, ...]
     error: float | None
+    output_error: float | None
     source: str
     """The dense kind that this layer stands for."""
     stack: tuple[int, int] | None
@@ -114,7 +118,7 @@ class FactorizedLayer(Freezable, RankDropout):
             shape = bias if isinstance(bias, tuple) else (bias,)
             self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         settings = self.settings_of(self)
-        self.format, self.error, self.stack = format, None, stack
+        self.format, self.error, self.output_error, self.stack = format, None, None, stack
         self.axes = self.axes_of(settings)
         self.source = self.dense_types[0].__name__
         self._set_network(self.resolve(format, settings, stack and stack[0])[0])
@@ -131,7 +135,7 @@ class FactorizedLayer(Freezable, RankDropout):
         self._set_masks()
 
     @classmethod
-    def from_dense(cls, module: nn.Module, format: Format) -> Self:
+    def from_dense(cls, module: nn.Module, format: Format, moments: Moments | None = None) -> Self:
         """Factorize a dense layer.
 
         Parameters
@@ -140,11 +144,14 @@ class FactorizedLayer(Freezable, RankDropout):
             Of a kind that `matches`. Copied, never aliased; its device, dtype, training mode and requires_grad are
             kept.
         format : Format
+        moments : Moments, optional
+            What `collect` found of this layer: then its outputs on these data are kept, not its weight, and its bias
+            makes good for their mean.
 
         Returns
         -------
         FactorizedLayer
-            Its `error` is the relative error of the weight.
+            Its `error` is the relative error of the weight, its `output_error` that of the outputs on these data.
 
         Raises
         ------
@@ -153,10 +160,12 @@ class FactorizedLayer(Freezable, RankDropout):
         DecompositionError, RankError, ModeError, FormatError
             See `Format.decompose`.
         """
-        return cls.from_dense_jointly([module], format)[0]
+        return cls.from_dense_jointly([module], format, None if moments is None else [moments])[0]
 
     @classmethod
-    def from_dense_jointly(cls, modules: Sequence[nn.Module], format: Format) -> list[Self]:
+    def from_dense_jointly(
+        cls, modules: Sequence[nn.Module], format: Format, moments: Sequence[Moments] | None = None
+    ) -> list[Self]:
         """Factorize several dense layers of one shape as one tensor; they share the cores. See `from_dense`."""
         for module in modules:
             if cls.matches(module) is None:
@@ -170,21 +179,28 @@ class FactorizedLayer(Freezable, RankDropout):
         weights = [cls.to_axes(cls.weight_of(m).detach(), s) for m, s in zip(modules, settings, strict=True)]
         count = len(modules) if len(modules) > 1 else None
         axes = cls._stacked(settings[0], count)
-        decomposition = format.decompose(weights[0] if count is None else torch.stack(weights), axes)
+        aimed, metric, own = weights, None, cls.axes_of(settings[0])
+        if moments is not None:
+            biased = all(getattr(module, "bias", None) is not None for module in modules)
+            aimed, metric = data.aims(weights, moments, own, biased)
+        decomposition = format.decompose(aimed[0] if count is None else torch.stack(aimed), axes, metric)
         network = cls.arranged(decomposition.network)
         layers: list[Self] = []
         for position, module in enumerate(modules):
             layer = cls.empty(module, format, None if count is None else (count, position))
             layer.cores = layers[0].cores if layers else layer.cores
-            layer.error = decomposition.error
+            layer.error, layer.output_error = decomposition.error, decomposition.output_error
             layers.append(layer)
         with torch.no_grad():
             for core, values, names, wanted in zip(
                 layers[0].cores, decomposition.cores, decomposition.network.cores, network.cores, strict=True
             ):
                 core.copy_(values.permute([names.index(index) for index in wanted]))
-            for layer, module in zip(layers, modules, strict=True):
+            for k, (layer, module) in enumerate(zip(layers, modules, strict=True)):
                 layer._adopt(module)
+                if layer.bias is not None and moments is not None:
+                    dense = contraction.dense_weight(layer.own_network, layer.own_cores(), own)
+                    layer.bias.copy_(data.mended(layer.bias, weights[k], dense, moments[k], own))
         return layers
 
     @classmethod
@@ -346,7 +362,7 @@ class FactorizedLayer(Freezable, RankDropout):
             if self.bias is not None:
                 bound = 1 / math.sqrt(self.fan_in)
                 self.bias.uniform_(-bound, bound)
-        self.error = None
+        self.error = self.output_error = None
 
     def boxes(self) -> Iterator[dict[str, slice]]:
         """Slices of the modes that together cover the dense weight without its padding, each entry once."""

@@ -135,7 +135,7 @@ def shrink(layers: Sequence[FactorizedLayer], rounding: Rounding, optimizer: Opt
     for layer in layers:
         layer._set_network(rounding.network)
         layer.format = layer.format.pin(rounding.network)
-        layer.error = None  # it was that of the larger network
+        layer.error = layer.output_error = None  # it was that of the larger network
 
 
 def _projection(names: Sequence[str], changes: Mapping[str, Kept | None]) -> Callable[[Tensor], Tensor] | None:
