@@ -11,6 +11,7 @@ if not (_here / "kernels").is_dir():
 
 from .advice import fastest_modes  # noqa: E402
 from .backend import use_kernels  # noqa: E402
+from .calibrate import Calibration, collect  # noqa: E402
 from .convert import convert_model, plan_conversion, summarize, to_dense  # noqa: E402
 from .errors import (  # noqa: E402
     CheckpointError,
@@ -53,6 +54,7 @@ __all__ = [
     "BTT",
     "CP",
     "TT",
+    "Calibration",
     "CheckpointError",
     "ConversionError",
     "ConversionPlan",
@@ -82,6 +84,7 @@ __all__ = [
     "TensorRegression",
     "TensorlayersError",
     "Tucker",
+    "collect",
     "convert_model",
     "explain",
     "fastest_modes",

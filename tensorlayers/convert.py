@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from . import optimizer as optimizers
+from .batches import Mask, attention_mask
+from .calibrate import Calibration
 from .decide import decide, entry_for
 from .entry import ROWS, Entry, Work, entry_of
 from .errors import ConversionError, TensorlayersError
@@ -21,6 +24,7 @@ from .layers import FactorizedLayer, ProjectedAttention, layer_type
 from .plan import ConversionPlan
 from .precision import DTYPES, multiplied_as
 from .scan import Found, in_order, module_names, scan
+from .sequential import Data
 from .surgery import swap
 
 
@@ -114,6 +118,9 @@ def convert_model(
     rows: int = ROWS,
     device: str | None = None,
     progress: bool | None = None,
+    calibration: Calibration | None = None,
+    batches: Iterable[Any] | None = None,
+    mask: Mask = attention_mask,
 ) -> nn.Module:
     """Replace dense layers by factorized ones.
 
@@ -140,6 +147,15 @@ def convert_model(
         weights in the parameter groups, without their moments; all else keeps its state.
     share, where, force, fold, rows, device, progress
         See `plan_conversion`. With a plan, all but `progress` are already decided.
+    calibration : Calibration, optional
+        What `collect` gathered: each layer then keeps its outputs on these data, as far as they matter to the model's,
+        in place of its weight, and its bias makes good for their mean. Layers that never ran keep their weights.
+    batches : iterable, optional
+        Data to fit the layers on one after another, each to the dense model's outputs on the inputs that the layers
+        before it, already converted, give; so that errors do not pile up. They are gone over twice for each layer or
+        group of layers with the same input, and kept in a list. Best those that were calibrated with.
+    mask : callable
+        Of the batches, as of `collect`.
 
     Returns
     -------
@@ -184,8 +200,11 @@ def convert_model(
         _check(entry, found)
     replacements: dict[int, tuple[nn.Module, nn.Module]] = {}
     unpacked: dict[int, tuple[nn.Module, nn.Module]] = {}
-    for group in _together(list(plan), progress):
-        for entry, layer in zip(group, _factorize(group, found), strict=True):
+    chosen = {entry.name: found[entry.name] for entry in plan if entry.converted}
+    data = Data(model, chosen, calibration, batches, mask)
+    for group in _together(list(plan), progress, data):
+        for entry, layer in zip(group, _factorize(group, found, data), strict=True):
+            data.replace(entry.name, layer)
             module = found[entry.name].module
             replacements[id(module)] = (module, layer)
             unpacked |= {id(attention): (attention, parts) for attention, parts in found[entry.name].unpacks}
@@ -289,8 +308,8 @@ def _check(entry: Entry, found: Mapping[str, Found]) -> None:
             raise ConversionError(f"plan: layer {entry.name!r} has {key} {values}")
 
 
-def _together(entries: Sequence[Entry], progress: bool | None) -> Iterator[list[Entry]]:
-    """The entries that are converted, those that share cores as one list, under a progress bar."""
+def _together(entries: Sequence[Entry], progress: bool | None, data: Data | None = None) -> Iterator[list[Entry]]:
+    """The entries that are converted, those that share cores as one list, in the order of data; a progress bar."""
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry.converted:
@@ -302,10 +321,12 @@ def _together(entries: Sequence[Entry], progress: bool | None) -> Iterator[list[
             if entry.format != group[0].format:
                 formats = f"{group[0].format} at {group[0].name!r} and {entry.format} at {entry.name!r}"
                 raise ConversionError(f"plan: share {entry.share!r}: one format for all; got {formats}")
-    yield from _bar(list(groups.values()), progress)
+    first = {group[0].name: group for group in groups.values()}
+    order = list(first) if data is None else data.order(list(first))
+    yield from _bar([first[name] for name in order], progress)
 
 
-def _factorize(group: Sequence[Entry], found: Mapping[str, Found]) -> list[FactorizedLayer]:
+def _factorize(group: Sequence[Entry], found: Mapping[str, Found], data: Data | None = None) -> list[FactorizedLayer]:
     """The layers that replace those of one group, which share their cores where they are several."""
     format = group[0].format
     assert format is not None
@@ -313,7 +334,8 @@ def _factorize(group: Sequence[Entry], found: Mapping[str, Found]) -> list[Facto
         check_alike(group[0].share, [found[entry.name] for entry in group])
     modules = [found[entry.name].dense for entry in group]
     try:
-        return list(layer_type(group[0].layer).from_dense_jointly(modules, format))
+        moments = None if data is None else data.moments([entry.name for entry in group])
+        return list(layer_type(group[0].layer).from_dense_jointly(modules, format, moments))
     except TensorlayersError as error:
         raise ConversionError(f"layer {group[0].name!r}: {error}") from error
 

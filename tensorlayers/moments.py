@@ -22,12 +22,17 @@ class Source:
     ----------
     cross : Tensor
         The sum of the outer products of its inputs and the other's, (n, n) or (groups, n, n).
-    mean : Tensor
-        Its mean input.
+    total : Tensor
+        The sum of its inputs.
     """
 
     cross: Tensor
-    mean: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, before: Tensor, now: Tensor) -> Source:
+        """Of inputs at the same positions, (positions, n) or (positions, groups, n)."""
+        return cls(_outer(before, now), before.sum(0, dtype=torch.float64))
 
 
 @dataclass(eq=False)
@@ -100,22 +105,29 @@ class Moments:
         self.count += other.count
         self.total += other.total
         self.inputs += other.inputs
+        if self.source is not None and other.source is not None:
+            self.source.cross += other.source.cross
+            self.source.total += other.source.total
+        else:
+            self.source = None
 
     def add_outputs(self, gradients: Tensor, weight: float) -> None:
         """Add gradients of the output, (positions, m) or (positions, groups, m)."""
         found = _outer(gradients) * weight
         self.outputs = found if self.outputs is None else self.outputs + found
 
-    def target(self, weight: Tensor, ridge: float = SHIFT_RIDGE) -> Tensor:
+    def target(self, weight: Tensor, *, centered: bool = False, ridge: float = SHIFT_RIDGE) -> Tensor:
         """The weight that makes of these inputs what a dense one, (m, n) or (groups, m, n), makes of the dense model's.
 
         That of least squares, drawn towards the dense weight where data are few. The dense one itself where these
-        inputs are the dense model's.
+        inputs are the dense model's. `centered`: about the mean inputs, as a bias makes good for them.
         """
         if self.source is None:
             return weight
-        inputs = self.inputs / self.count - self.mean[..., :, None] * self.mean[..., None, :]
-        cross = self.source.cross / self.count - self.source.mean[..., :, None] * self.mean[..., None, :]
+        inputs, cross = self.inputs / self.count, self.source.cross / self.count
+        if centered:
+            inputs = inputs - self.mean[..., :, None] * self.mean[..., None, :]
+            cross = cross - (self.source.total / self.count)[..., :, None] * self.mean[..., None, :]
         share = ridge * inputs.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         dense = weight.double()
         right = dense @ cross + share * dense
@@ -124,7 +136,7 @@ class Moments:
 
     def bias(self, weight: Tensor, found: Tensor) -> Tensor:
         """What a bias has to make good, of weights (m, n) or (groups, m, n): the difference of the mean outputs."""
-        given = self.mean if self.source is None else self.source.mean
+        given = self.mean if self.source is None else self.source.total / self.count
         before, after = weight.double() @ given[..., None], found.double() @ self.mean[..., None]
         return (before - after).squeeze(-1)
 
@@ -147,11 +159,15 @@ class Moments:
         return Metric(_ridged(inputs, input_ridge), outputs)
 
 
-def _outer(rows: Tensor) -> Tensor:
-    """The sum of the outer products of (positions, n) or (positions, groups, n), of a batch in at least float32."""
-    rows = rows.detach().to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
-    rows = rows if rows.dim() == 2 else rows.movedim(1, 0)
-    return (rows.mT @ rows).double()
+def _outer(rows: Tensor, others: Tensor | None = None) -> Tensor:
+    """The sum of the outer products of (positions, n) or (positions, groups, n), with themselves or with others.
+
+    Of one batch, in at least float32.
+    """
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    pair = (rows, rows if others is None else others)
+    left, right = ((one if one.dim() == 2 else one.movedim(1, 0)).detach().to(wide) for one in pair)
+    return (left.mT @ right).double()
 
 
 def _ridged(form: Tensor, ridge: float) -> Tensor:

@@ -75,7 +75,7 @@ def test_the_dense_models_outputs_on_other_inputs():
     module, before = nn.Linear(12, 10), torch.randn(4000, 12)
     now = before @ (torch.eye(12) + 0.3 * torch.randn(12, 12)) + 0.5
     moments = Moments.of(now, 12)
-    moments.source = Source(before.double().T @ now.double(), before.double().mean(0))
+    moments.source = Source.of(before, now)
     expected = module(before).detach()
     layer = FactorizedLinear.from_dense(module, LowRank(10), moments)
     plain = FactorizedLinear.from_dense(module, LowRank(10), Moments.of(now, 12))
@@ -83,7 +83,7 @@ def test_the_dense_models_outputs_on_other_inputs():
     assert errors[0] < errors[1]
     assert_close(layer(now).mean(0), expected.mean(0), torch.float32)
     with torch.no_grad():  # the change can be undone
-        exact = moments.target(module.weight.double(), ridge=1e-9)
+        exact = moments.target(module.weight.double(), centered=True, ridge=1e-9)
     shift = moments.bias(module.weight.detach(), exact)
     assert torch.dist(now.double() @ exact.T + shift + module.bias.detach(), expected) < 1e-5 * expected.norm()
 

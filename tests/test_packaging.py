@@ -23,6 +23,7 @@ ORDER = [
     {"decide"},
     {"advice"},
     {"keys"},
+    {"sequential"},
     {"calibrate"},
     {"serialize", "scan", "interop"},
     {"plan"},

@@ -35,7 +35,7 @@ def aims(
     """The weights to fit in place of some, of one dimension an axis each, and the metric of their data together."""
     pooled = Moments.pooled(moments)
     aimed = [
-        weight if one.source is None else from_matrix(one.target(to_matrix(weight, axes)), axes)
+        weight if one.source is None else from_matrix(one.target(to_matrix(weight, axes), centered=biased), axes)
         for weight, one in zip(weights, moments, strict=True)
     ]
     return aimed, pooled.metric(centered=biased)

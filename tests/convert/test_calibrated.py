@@ -1,0 +1,158 @@
+"""convert_model with data: the model's outputs are kept better, the model itself is left as it was."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tensorlayers import TT, ConversionError, FactorizedLinear, LowRank, convert_model
+from tensorlayers.calibrate import collect
+from tests.decomposition import FORMATS
+
+
+class Block(nn.Module):
+    """Three layers on one input, one after them, and one that never runs."""
+
+    def __init__(self, width=24):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.out, self.spare = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        weights = (self.query(x) @ self.key(x).mT / 4).softmax(-1)
+        return x + torch.tanh(self.out(weights @ self.value(x)))
+
+
+def blocks():
+    return nn.Sequential(Block(), Block(), nn.Linear(24, 24)), lambda n: narrow(n, 7, 24)
+
+
+def images():
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(16, 16, 3, 2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(144, 24),
+    )  # fmt: skip
+    return model, lambda n: torch.randn(n, 3, 8, 8).cumsum(2).cumsum(3) / 8
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(24, 2, 48, dropout=0.3, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), lambda n: narrow(n, 5, 24)
+
+
+def narrow(*shape):
+    """Of which some directions vary little."""
+    return torch.randn(*shape) * torch.logspace(0, -1.5, shape[-1]) + torch.linspace(-1, 1, shape[-1])
+
+
+MODELS = {"blocks": blocks, "images": images, "encoder": encoder}
+
+
+def state_of(model):
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in model.modules()]
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    return hooks, values, [p.requires_grad for p in model.parameters()]
+
+
+def same(before, after):
+    return before[0::2] == after[0::2] and all(torch.equal(before[1][name], after[1][name]) for name in before[1])
+
+
+def error(model, converted, x):
+    with torch.no_grad():
+        y = model.eval()(x)
+        return float((converted.eval()(x) - y).norm() / y.norm())
+
+
+@pytest.mark.parametrize("cls", FORMATS)
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_outputs_are_kept_better(make, cls):
+    torch.manual_seed(0)
+    model, draw = make()
+    batches, x = [draw(20) for _ in range(8)], draw(100)
+    before = state_of(model)
+    calibration = collect(model, batches)
+    options = {"force": True, "formats": cls(0.4)}
+    found = [
+        convert_model(model, **options),
+        convert_model(model, **options, calibration=calibration),
+        convert_model(model, **options, calibration=calibration, batches=batches),
+        convert_model(model, **options, batches=batches),
+    ]
+    assert same(before, state_of(model))
+    for converted in found:
+        assert state_of(converted)[0::2][0][0][:2] == (0, 0)
+        assert converted.training == model.training
+    plain, fitted, sequential, alone = (error(model, converted, x) for converted in found)
+    assert fitted < plain
+    assert sequential < plain
+    assert alone < plain
+
+
+def test_layers_that_never_run_keep_their_weights():
+    model, draw = blocks()
+    calibration = collect(model, [draw(20)])
+    assert calibration.silent == ("0.spare", "1.spare")
+    plain = convert_model(model, LowRank(0.4), force=True)
+    for options in ({"calibration": calibration}, {"batches": [draw(20)]}):
+        found = convert_model(model, LowRank(0.4), force=True, **options)
+        assert torch.equal(found[0].spare.to_dense(), plain[0].spare.to_dense())
+        assert found[0].spare.output_error is None
+        assert 0 < found[0].out.output_error < 1
+
+
+def test_errors_do_not_pile_up():
+    """Each layer sees what those before it give now: the last one makes good for them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(24, 24, bias=False) for _ in range(5)))
+    batches = [narrow(200, 24) for _ in range(4)]
+    calibration = collect(model, batches)
+    options = {"formats": LowRank(0.5), "force": True, "calibration": calibration}
+    errors = [error(model, convert_model(model, **options, batches=given), batches[0]) for given in (None, batches)]
+    assert errors[1] < errors[0]
+
+
+def test_joint_layers_and_data():
+    torch.manual_seed(0)
+    model, draw = blocks()
+    batches = [draw(20) for _ in range(4)]
+    share = {r"re:(\d)\.(?:query|key|value)": TT(6)}
+    found = [
+        convert_model(model, share=share, force=True, calibration=calibration, batches=given)
+        for calibration, given in ((None, None), (collect(model, batches), None), (None, batches))
+    ]
+    errors = [error(model, converted, draw(100)) for converted in found]
+    assert max(errors[1:]) < errors[0]
+    assert found[1][0].query.cores is found[1][0].key.cores
+
+
+def test_a_model_that_is_a_layer():
+    torch.manual_seed(0)
+    model, x = nn.Linear(24, 24), narrow(400, 24)
+    found = convert_model(model, LowRank(4), force=True, batches=[x])
+    assert isinstance(found, FactorizedLinear)
+    assert error(model, found, x) < error(model, convert_model(model, LowRank(4), force=True), x)
+
+
+def test_a_batch_that_raises_changes_nothing():
+    model, draw = blocks()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError):
+        convert_model(model, LowRank(0.4), force=True, inplace=True, batches=[draw(4), torch.zeros(2, 3, 5)])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(isinstance(module, FactorizedLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibration": {"0": 1}}, "calibration: what `collect` returns; got dict"),
+        ({"batches": []}, "convert_model: at least one batch; got none"),
+        ({"batches": torch.zeros(3, 24)}, "convert_model: batches are an iterable"),
+    ],
+)
+def test_bad_data_are_refused(options, message):
+    with pytest.raises(ConversionError, match=message):
+        convert_model(blocks()[0], LowRank(0.4), force=True, **options)
