@@ -23,6 +23,7 @@ from .decompose import balance
 from .errors import DecompositionError
 from .network import Axis, Mode, Network, modes_by_axis
 from .normal_equations import Factor, Indices, primed
+from .rounding import round_network
 
 SWEEPS = 10
 TOLERANCE = 1e-4
@@ -233,28 +234,87 @@ def fit(
     ----------
     Wang et al. 2024, SVD-LLM: truncation-aware data whitening, for the case of a matrix.
     """
-    names = tuple(mode.name for mode in network.modes)
-    taken = [_Root.of(factor) for factor in metric if _is_absorbed(factor, network)]
-    rest = [factor for factor in metric if not _is_absorbed(factor, network)]
     plain = [core.double() for core in fill(dense, network)]
-    weight = dense.double()
-    for root in taken:
-        weight = _times(weight, names, root.root)
-    norm = math.sqrt(_squared(weight, names, rest))
-    if not norm:
+    seen = _Seen(dense, network, metric)
+    if not seen.norm:
         return plain
-    weight = weight / norm
-    whitened = [_Root.of(part) for factor in rest for part in _kronecker(factor) if _is_absorbed(part, network)]
-    seen = weight
-    for root in whitened:
-        seen = _times(seen, names, root.root)
-    scale = torch.linalg.vector_norm(seen)
-    near = _changed(network, [core.double() for core in fill(seen / scale, network)], whitened, inverse=True)
-    plain = _changed(network, plain, taken, inverse=False)
-    starts = [[cores[0] * factor, *cores[1:]] for cores, factor in ((near, scale), (plain, 1 / norm))]
-    start = min(starts, key=lambda cores: relative_error(weight, network, cores, rest))
+    near = seen.filled(fill)
+    plain = _changed(network, plain, seen.taken, inverse=False)
+    start = min(near, [plain[0] / seen.norm, *plain[1:]], key=seen.error)
     cores, _ = least_squares(
-        network, weight, balance(network, start), metric=rest, anchored=True, sweeps=sweeps, tolerance=tolerance
+        network,
+        seen.weight,
+        balance(network, start),
+        metric=seen.rest,
+        anchored=True,
+        sweeps=sweeps,
+        tolerance=tolerance,
     )
-    cores = _changed(network, cores, taken, inverse=True)
-    return [cores[0] * norm, *cores[1:]]
+    cores = _changed(network, cores, seen.taken, inverse=True)
+    return [cores[0] * seen.norm, *cores[1:]]
+
+
+class _Seen:
+    """A weight as a metric sees it: in the bases of the cores that carry a factor alone, of norm 1 in the rest.
+
+    `norm` is its own there, `rest` the factors that stay; `whitened` are the roots of the nearest Kronecker product of
+    these, in whose basis cores are filled.
+    """
+
+    def __init__(self, dense: Tensor, network: Network, metric: Sequence[Factor]) -> None:
+        self.network, self.names = network, tuple(mode.name for mode in network.modes)
+        self.taken = [_Root.of(factor) for factor in metric if _is_absorbed(factor, network)]
+        self.rest = [factor for factor in metric if not _is_absorbed(factor, network)]
+        parts = [part for factor in self.rest for part in _kronecker(factor)]
+        self.whitened = [_Root.of(part) for part in parts if _is_absorbed(part, network)]
+        self.weight = dense.double()
+        for root in self.taken:
+            self.weight = _times(self.weight, self.names, root.root)
+        self.norm = math.sqrt(_squared(self.weight, self.names, self.rest))
+        self.weight = self.weight / (self.norm or 1.0)
+
+    def filled(self, fill: Fill) -> list[Tensor]:
+        """Cores by the basis of the Kronecker product."""
+        seen = self.weight
+        for root in self.whitened:
+            seen = _times(seen, self.names, root.root)
+        scale = torch.linalg.vector_norm(seen)
+        cores = [core.double() for core in fill(seen / scale, self.network)]
+        cores = _changed(self.network, cores, self.whitened, inverse=True)
+        return [cores[0] * scale, *cores[1:]]
+
+    def error(self, cores: Sequence[Tensor]) -> float:
+        """The relative error of cores in these bases."""
+        return relative_error(self.weight, self.network, cores, self.rest)
+
+
+def curve(
+    dense: Tensor, network: Network, fill: Fill, metric: Sequence[Factor], ranks: Sequence[Sequence[int]]
+) -> list[float]:
+    """How much of a weight, as a metric sees it, smaller networks lose: squared errors, not relative ones.
+
+    The cores are filled once, for the largest network, and then rounded; they are not swept, so that these are bounds.
+
+    Parameters
+    ----------
+    dense : Tensor
+        Shape ``network.shape``.
+    network : Network
+    fill : callable
+    metric : sequence of Factor
+    ranks : sequence of sequence of int
+        Those of the smaller networks, none above those of `network`.
+    """
+    seen = _Seen(dense, network, metric)
+    if not seen.norm:
+        return [0.0] * len(ranks)
+    weight, found = seen.weight, []
+    for root in seen.whitened:
+        weight = _times(weight, seen.names, root.root)
+    scale = torch.linalg.vector_norm(weight)
+    cores = [core.double() for core in fill(weight / scale, network)]
+    for some in ranks:
+        small, rounded = round_network(network, cores, some)
+        rounded = _changed(small, [rounded[0] * scale, *rounded[1:]], seen.whitened, inverse=True)
+        found.append((relative_error(seen.weight, small, rounded, seen.rest) * seen.norm) ** 2)
+    return found

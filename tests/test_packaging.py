@@ -25,6 +25,7 @@ ORDER = [
     {"keys"},
     {"sequential"},
     {"calibrate"},
+    {"budget"},
     {"serialize", "scan", "interop"},
     {"plan"},
     {"entry"},

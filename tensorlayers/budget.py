@@ -1,0 +1,171 @@
+"""One budget for a whole model: ranks, and formats, where they matter most to the model's output."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .decompose import tensorized
+from .entry import Entry
+from .errors import ConversionError, RankError
+from .formats import Format
+from .layers import layer_type
+from .metric import curve
+from .moments import Moments
+from .network import Network
+from .scan import Found
+
+_SHARES = (0.03, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.36, 0.42, 0.48, 0.54, 0.6, 0.68, 0.76, 0.84, 0.92)
+"""The fractions of a layer's parameters that ranks are tried for."""
+
+KINDS = ("params", "macs", "latency", "memory")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a converted model may take, as a fraction of the dense one; exactly one of these.
+
+    Parameters
+    ----------
+    params, macs : float, optional
+        Of the weights that may be converted, or of their multiply-accumulates a row.
+    latency : float, optional
+        Of the predicted time of a forward of these layers.
+    memory : float, optional
+        Of the weights, gradients and two optimizer states that training holds for them; activations are the dense
+        layers'.
+    round_to : int
+        Ranks are multiples of this, where they are not below it: 8 or 16 suit GPUs.
+    """
+
+    params: float | None = None
+    macs: float | None = None
+    latency: float | None = None
+    memory: float | None = None
+    round_to: int = 1
+
+    def __post_init__(self) -> None:
+        given = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ConversionError(f"Budget: exactly one of {', '.join(KINDS)}; got {', '.join(given) or 'none'}")
+        share = getattr(self, given[0])
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ConversionError(f"Budget: {given[0]} is a fraction above 0 and at most 1; got {share!r}")
+        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
+            raise ConversionError(f"Budget: round_to is an integer of at least 1; got {self.round_to!r}")
+
+    @property
+    def share(self) -> float:
+        """The fraction."""
+        return float(next(found for kind in KINDS if (found := getattr(self, kind)) is not None))
+
+    def costs(self, entry: Entry) -> tuple[float, float]:
+        """What a layer takes, dense and as the entry has it."""
+        if self.macs is not None:
+            return float(entry.macs[0] * entry.rows), float(entry.macs[1] * entry.rows)
+        if self.latency is not None:
+            return entry.seconds(training=False) or (0.0, 0.0)
+        return float(entry.parameters[0]), float(entry.parameters[1])
+
+
+@dataclass(frozen=True)
+class Level:
+    """One way to have a layer: dense (format None), or a format with its ranks.
+
+    Parameters
+    ----------
+    cost : float
+    effect : float
+        What it changes of the model's output, squared.
+    format : Format or None
+    """
+
+    cost: float
+    effect: float
+    format: Format | None
+
+
+def levels(entry: Entry, found: Found, formats: Sequence[Format], moments: Moments, budget: Budget) -> list[Level]:
+    """The ways to have a layer, the dense one first; each takes less than that.
+
+    Raises
+    ------
+    ConversionError
+        If gradients of the model's output were not gathered.
+    """
+    if moments.outputs is None:
+        raise ConversionError(f"budget: layer {entry.name!r}: gradients of the output; collect them (gradients=4)")
+    layer = layer_type(entry.layer)
+    weight = layer.to_axes(layer.weight_of(found.dense).detach(), entry.settings)
+    metric = moments.metric(centered=getattr(found.dense, "bias", None) is not None)
+    made = [Level(budget.costs(entry)[0], 0.0, None)]
+    for format in formats:
+        networks: dict[tuple[int, ...], tuple[Format, float]] = {}
+        largest: Network | None = None
+        for share in reversed(_SHARES):
+            try:
+                ranked = dataclasses.replace(format, rank=share).resolve(entry.axes)[0]
+            except RankError:  # too little for one of all ranks
+                break
+            largest = largest or ranked
+            most = [min(pair) for pair in zip(ranked.ranks, largest.ranks, strict=True)]
+            ranks = [max(rank - rank % budget.round_to, min(rank, budget.round_to)) for rank in most]
+            pinned = format.pin(ranked.with_ranks(ranks))
+            converted = entry.with_format(pinned)
+            cost = budget.costs(converted)[1]
+            if cost < made[0].cost and converted.parameters[1] < converted.parameters[0]:
+                networks[pinned.resolve(entry.axes)[0].ranks] = (pinned, cost)
+        if largest is None or not networks:
+            continue
+        dense = tensorized(weight, entry.axes, largest)
+        lost = curve(dense, largest, format._fill_groups, metric.factors(entry.axes, largest), list(networks))
+        for (pinned, cost), error in zip(networks.values(), lost, strict=True):
+            made.append(Level(cost, moments.count * error, pinned))
+    return made
+
+
+def allocate(layers: Sequence[Sequence[Level]], budget: float) -> list[Level]:
+    """Choose a level of each layer so that the sum of costs is within a budget and that of effects is least.
+
+    By marginal gains along the lower convex hull of each layer's levels, the best first: what Lagrange multipliers
+    give, and then what still fits.
+
+    Raises
+    ------
+    ConversionError
+        If the cheapest levels together take more.
+    """
+    hulls = [hull(some) for some in layers]
+    at = [0] * len(hulls)
+    spent = sum(some[0].cost for some in hulls)
+    if spent > budget * (1 + 1e-9):
+        least = spent / sum(max(level.cost for level in some) for some in layers)
+        raise ConversionError(f"budget: the least that these layers can take is {least:.3g} of the dense ones")
+    steps = []
+    for k, some in enumerate(hulls):
+        for j, (low, high) in enumerate(itertools.pairwise(some)):
+            steps.append(((low.effect - high.effect) / (high.cost - low.cost), k, j + 1))
+    for _, k, j in sorted(steps, key=lambda step: (-step[0], step[1:])):
+        more = hulls[k][j].cost - hulls[k][j - 1].cost
+        if at[k] == j - 1 and spent + more <= budget * (1 + 1e-9):
+            at[k], spent = j, spent + more
+    return [some[j] for some, j in zip(hulls, at, strict=True)]
+
+
+def hull(some: Sequence[Level]) -> list[Level]:
+    """The levels on the lower convex hull of effect over cost, the cheapest first."""
+    found: list[Level] = []
+    for level in sorted(some, key=lambda level: (level.cost, level.effect)):
+        if found and (level.cost == found[-1].cost or level.effect >= found[-1].effect):
+            continue
+        while len(found) > 1 and _slope(found[-2], level) <= _slope(found[-2], found[-1]):
+            found.pop()
+        found.append(level)
+    return found
+
+
+def _slope(low: Level, high: Level) -> float:
+    """The effect that a unit of cost changes: the more it falls, the smaller."""
+    return (high.effect - low.effect) / (high.cost - low.cost)
