@@ -63,6 +63,15 @@ def unmasked(rows: Tensor, mask: Tensor | None, trailing: int) -> Tensor:
     return rows.reshape(-1, *rows.shape[rows.dim() - trailing :])
 
 
+def named_output(result: Any) -> tuple[str, Tensor] | None:
+    """The output that a Hugging Face model is judged by, with its name: logits, or the last hidden state."""
+    for name in ("logits", "last_hidden_state"):
+        found = getattr(result, name, None)
+        if isinstance(found, Tensor):
+            return name, found
+    return None
+
+
 def output_of(result: Any) -> Tensor:
     """The tensor that a model's output is judged by: logits, the last hidden state, or the first of floating point.
 
@@ -71,10 +80,9 @@ def output_of(result: Any) -> Tensor:
     ConversionError
         If there is none.
     """
-    for name in ("logits", "last_hidden_state"):
-        found = getattr(result, name, None)
-        if isinstance(found, Tensor):
-            return found
+    named = named_output(result)
+    if named is not None:
+        return named[1]
     leaves = tree_leaves(dict(result) if isinstance(result, Mapping) else result)
     for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():

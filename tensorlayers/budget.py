@@ -7,12 +7,10 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .decompose import tensorized
 from .entry import Entry
 from .errors import ConversionError, RankError
 from .formats import Format
 from .layers import layer_type
-from .metric import curve
 from .moments import Moments
 from .network import Network
 from .scan import Found
@@ -119,8 +117,7 @@ def levels(entry: Entry, found: Found, formats: Sequence[Format], moments: Momen
                 networks[pinned.resolve(entry.axes)[0].ranks] = (pinned, cost)
         if largest is None or not networks:
             continue
-        dense = tensorized(weight, entry.axes, largest)
-        lost = curve(dense, largest, format._fill_groups, metric.factors(entry.axes, largest), list(networks))
+        lost = format.pin(largest).losses(weight, entry.axes, metric, list(networks))
         for (pinned, cost), error in zip(networks.values(), lost, strict=True):
             made.append(Level(cost, moments.count * error, pinned))
     return made

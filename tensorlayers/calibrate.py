@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import Mask, attention_mask, call, checked, evaluating, probes, unmasked
+from .batches import Mask, attention_mask, call, checked, evaluating, probes
 from .errors import CheckpointError, ConversionError
+from .files import replaced
 from .moments import Moments
 from .scan import Found, scan
-from .surgery import swap
+from .watch import rows_of_gradient, rows_of_input, runnable, size, watching
 
 MAX_BYTES = 2**33
 _VERSION = 1
@@ -63,12 +62,8 @@ class Calibration(Mapping[str, Moments]):
             if (value := getattr(one, what)) is not None
         }
         about = {"version": _VERSION, "counts": {name: one.count for name, one in self.items()}, "silent": self.silent}
-        partial = path.with_name(f"{path.name}.partial")
-        try:
-            save_file(tensors, partial, {"tensorlayers": json.dumps(about)})
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replaced(path) as temporary:
+            save_file(tensors, temporary, {"tensorlayers": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -151,16 +146,15 @@ def collect(
     found = [one for one in scan(model) if not one.obstacle and (where is None or where(one.name, one.module))]
     if not found:
         raise ConversionError("collect: a model with layers that can be converted; got none")
-    unpacked = {id(attention): (attention, parts) for one in found for attention, parts in one.unpacks}
-    runs = swap(model, {}, False, unpacked) if unpacked else model
-    watched = [_Watched(one, runs.get_submodule(one.name)) for one in found]
-    parts = _parts(watched, max_bytes)
+    layers = {one.name: one for one in found}
+    runs, parts = runnable(model, found), _parts(layers, max_bytes)
     if len(parts) > 1 and iter(batches) is batches:
-        size = sum(one.nbytes for one in watched)
+        whole = sum(map(_nbytes, found))
         raise ConversionError(
-            f"collect: moments of {size:,} bytes, {max_bytes:,} at a time, take {len(parts)} passes: "
+            f"collect: moments of {whole:,} bytes, {max_bytes:,} at a time, take {len(parts)} passes: "
             "batches that can be gone over again, such as a list; got an iterator"
         )
+    held: dict[str, Moments] = {}
     with evaluating(runs):
         for number, part in enumerate(parts, 1):
             what = f"calibrating {number}/{len(parts)}" if len(parts) > 1 else "calibrating"
@@ -168,130 +162,70 @@ def collect(
             bar = tqdm(batches, desc=what, disable=None if progress is None else not progress, delay=1, unit="batch")
             for batch in bar:
                 ran = True
-                _run(runs, part, batch, mask(batch), gradients, output)
+                _run(runs, part, held, batch, mask(batch), gradients, output)
             if not ran:
                 raise ConversionError("collect: at least one batch; got none")
-    moments = {one.name: one.moments for one in watched if one.moments is not None}
-    return Calibration(moments, [one.name for one in watched if one.moments is None])
+    return Calibration({name: held[name] for name in layers if name in held}, [n for n in layers if n not in held])
 
 
-@dataclass(eq=False)
-class _Watched:
-    """A layer whose moments are gathered; `outputs` are those of the present batch, with their masks."""
-
-    found: Found
-    module: nn.Module
-    moments: Moments | None = None
-    outputs: list[Tensor] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return self.found.name
-
-    @property
-    def axes(self) -> dict[str, int]:
-        """The product of the axes of each side, and the groups."""
-        sizes = {"in": 1, "out": 1, "group": 1}
-        for axis in self.found.layer.axes_of(self.found.settings):
-            sizes["in" if axis.role == "kernel" else axis.role] *= axis.size
-        return sizes
-
-    @property
-    def nbytes(self) -> int:
-        """What its moments take, roughly."""
-        sizes = self.axes
-        return 8 * sizes["group"] * (sizes["in"] ** 2 + sizes["out"] ** 2)
+def _nbytes(found: Found) -> int:
+    """What the moments of a layer take, roughly."""
+    return 8 * size(found, "group") * (size(found, "in", "kernel") ** 2 + size(found, "out") ** 2)
 
 
-def _parts(watched: list[_Watched], max_bytes: int) -> list[list[_Watched]]:
+def _parts(layers: Mapping[str, Found], max_bytes: int) -> list[dict[str, Found]]:
     """Layers whose moments are gathered at a time."""
-    parts: list[list[_Watched]] = []
+    parts: list[dict[str, Found]] = []
     held = math.inf
-    for one in watched:
-        held += one.nbytes
+    for name, found in layers.items():
+        held += _nbytes(found)
         if held > max_bytes:
-            parts.append([])
-            held = one.nbytes
-        parts[-1].append(one)
+            parts.append({})
+            held = _nbytes(found)
+        parts[-1][name] = found
     return parts
 
 
 def _run(
     model: nn.Module,
-    part: list[_Watched],
+    part: Mapping[str, Found],
+    held: dict[str, Moments],
     batch: Any,
     mask: Tensor | None,
     gradients: int,
     output: Callable[[Any], Tensor] | None,
 ) -> None:
     """Add the moments of a batch."""
-    with _hooked(part, mask, gradients > 0), torch.set_grad_enabled(gradients > 0):
+    outputs: list[tuple[str, Tensor]] = []
+
+    def seen(name: str, x: Tensor, result: Any) -> Tensor | None:
+        rows = rows_of_input(part[name], x, mask)
+        _check_finite(name, "activation", rows)
+        if len(rows):
+            Moments.of(rows, size(part[name], "in")).add_to(held, name)
+        if not gradients or not isinstance(result, Tensor) or not result.is_floating_point():
+            return None
+        kept = result if result.requires_grad else result.detach().requires_grad_()
+        outputs.append((name, kept))
+        return kept.clone()  # which the model may change in place
+
+    with watching(model, part, seen), torch.set_grad_enabled(gradients > 0):
         result = call(model, batch)
-    if not gradients:
-        return
-    try:
-        outputs = [(one, kept) for one in part for kept in one.outputs]
+    drawn = probes(result, mask, output)
+    for _ in range(gradients if outputs else 0):
         with torch.enable_grad():
-            drawn = probes(result, mask, output)
-            for _ in range(gradients if outputs else 0):
-                scalar = next(drawn)
-                if not scalar.requires_grad:
-                    raise ConversionError("collect: an output that can be differentiated; gradients=0 does without it")
-                wanted = [kept for _, kept in outputs]
-                slopes = torch.autograd.grad(scalar, wanted, retain_graph=True, allow_unused=True)
-                for (one, _), slope in zip(outputs, slopes, strict=True):
-                    if slope is not None:
-                        _add_slope(one, slope, mask, 1 / gradients)
-    finally:
-        for one in part:
-            one.outputs.clear()
+            scalar = next(drawn)
+        if not scalar.requires_grad:
+            raise ConversionError("collect: an output that can be differentiated; gradients=0 does without it")
+        slopes = torch.autograd.grad(scalar, [kept for _, kept in outputs], retain_graph=True, allow_unused=True)
+        for (name, _), slope in zip(outputs, slopes, strict=True):
+            if slope is None or name not in held:
+                continue
+            rows = rows_of_gradient(part[name], slope, mask)
+            _check_finite(name, "gradient", rows)
+            held[name].add_outputs(rows, 1 / gradients)
 
 
-@contextmanager
-def _hooked(part: list[_Watched], mask: Tensor | None, keep: bool) -> Iterator[None]:
-    """Moments of what the layers take are added as they run; what they give is kept if its gradient is wanted."""
-
-    def hook_of(one: _Watched) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Tensor | None:
-            given = args[0] if args else next(iter(kwargs.values()))
-            _add_input(one, given.detach(), mask)
-            if not keep or not isinstance(result, Tensor) or not result.is_floating_point():
-                return None
-            kept = result if result.requires_grad else result.detach().requires_grad_()
-            one.outputs.append(kept)
-            return kept.clone()  # which the model may change in place
-
-        return hook
-
-    handles = []
-    try:
-        for one in part:
-            handles.append(one.module.register_forward_hook(hook_of(one), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _add_input(one: _Watched, x: Tensor, mask: Tensor | None) -> None:
-    sizes, layer = one.axes, one.found.layer
-    columns = layer.columns(one.module, x)
-    trailing = 0 if not columns.is_floating_point() else 1 + (sizes["group"] > 1)
-    rows = unmasked(columns, mask, trailing)
+def _check_finite(name: str, what: str, rows: Tensor) -> None:
     if rows.is_floating_point() and not bool(torch.isfinite(rows).all()):
-        raise ConversionError(f"collect: layer {one.name!r}: every activation is finite; some are NaN or infinite")
-    if not len(rows):
-        return
-    found = Moments.of(rows, sizes["in"])
-    if one.moments is None:
-        one.moments = found
-    else:
-        one.moments.add(found)
-
-
-def _add_slope(one: _Watched, slope: Tensor, mask: Tensor | None, weight: float) -> None:
-    rows = unmasked(one.found.layer.gradients(one.module, slope), mask, 1 + (one.axes["group"] > 1))
-    if not bool(torch.isfinite(rows).all()):
-        raise ConversionError(f"collect: layer {one.name!r}: every gradient is finite; some are NaN or infinite")
-    if one.moments is not None and len(rows):
-        one.moments.add_outputs(rows, weight)
+        raise ConversionError(f"collect: layer {name!r}: every {what} is finite; some are NaN or infinite")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batches import named_output
 from .errors import ConversionError
 
 _BATCH = 32
@@ -145,11 +146,10 @@ def _output(model: nn.Module, inputs: Any) -> tuple[str, Tensor]:
             result = model(**{name: value.to(device) for name, value in inputs.items()})
         except IndexError:
             raise ConversionError(f"{type(model).__name__}: the tokenizer's ids fit the model's vocabulary") from None
-    for name in ("logits", "last_hidden_state"):
-        output = getattr(result, name, None)
-        if isinstance(output, Tensor):
-            return name, output.cpu().double()
-    raise ConversionError(f"{type(model).__name__}: a model with logits or last_hidden_state can be compared")
+    named = named_output(result)
+    if named is None:
+        raise ConversionError(f"{type(model).__name__}: a model with logits or last_hidden_state can be compared")
+    return named[0], named[1].cpu().double()
 
 
 def _loss(logits: Tensor, ids: Tensor, mask: Tensor) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from .errors import CostModelError
+from .files import replaced
 
 SHIPPED = Path(__file__).resolve().parent / "machines"
 VARIABLE = "TENSORLAYERS_MACHINES"
@@ -151,15 +151,8 @@ def write(constants: Machine, path: Path) -> None:
     OSError
         If it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not by `tempfile`: its files are for one user alone, and these may be shared.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
+    with replaced(path) as temporary:
         temporary.write_text(constants.to_json(), encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     machine.cache_clear()
 
 

@@ -238,9 +238,9 @@ def fit(
     seen = _Seen(dense, network, metric)
     if not seen.norm:
         return plain
-    near = seen.filled(fill)
+    near = seen.back(network, seen.filled(fill))
     plain = _changed(network, plain, seen.taken, inverse=False)
-    start = min(near, [plain[0] / seen.norm, *plain[1:]], key=seen.error)
+    start = min(near, [plain[0] / seen.norm, *plain[1:]], key=lambda cores: seen.error(network, cores))
     cores, _ = least_squares(
         network,
         seen.weight,
@@ -274,18 +274,21 @@ class _Seen:
         self.weight = self.weight / (self.norm or 1.0)
 
     def filled(self, fill: Fill) -> list[Tensor]:
-        """Cores by the basis of the Kronecker product."""
+        """Cores in the basis of the Kronecker product, see `back`."""
         seen = self.weight
         for root in self.whitened:
             seen = _times(seen, self.names, root.root)
         scale = torch.linalg.vector_norm(seen)
         cores = [core.double() for core in fill(seen / scale, self.network)]
-        cores = _changed(self.network, cores, self.whitened, inverse=True)
         return [cores[0] * scale, *cores[1:]]
 
-    def error(self, cores: Sequence[Tensor]) -> float:
-        """The relative error of cores in these bases."""
-        return relative_error(self.weight, self.network, cores, self.rest)
+    def back(self, network: Network, cores: Sequence[Tensor]) -> list[Tensor]:
+        """Cores of a network of these modes, in the bases of the weight again."""
+        return _changed(network, cores, self.whitened, inverse=True)
+
+    def error(self, network: Network, cores: Sequence[Tensor]) -> float:
+        """The relative error of cores in the bases of the weight."""
+        return relative_error(self.weight, network, cores, self.rest)
 
 
 def curve(
@@ -308,13 +311,8 @@ def curve(
     seen = _Seen(dense, network, metric)
     if not seen.norm:
         return [0.0] * len(ranks)
-    weight, found = seen.weight, []
-    for root in seen.whitened:
-        weight = _times(weight, seen.names, root.root)
-    scale = torch.linalg.vector_norm(weight)
-    cores = [core.double() for core in fill(weight / scale, network)]
+    cores, found = seen.filled(fill), []
     for some in ranks:
         small, rounded = round_network(network, cores, some)
-        rounded = _changed(small, [rounded[0] * scale, *rounded[1:]], seen.whitened, inverse=True)
-        found.append((relative_error(seen.weight, small, rounded, seen.rest) * seen.norm) ** 2)
+        found.append((seen.error(small, seen.back(small, rounded)) * seen.norm) ** 2)
     return found

@@ -72,12 +72,6 @@ class Moments:
         return self.inputs.dim() == 1
 
     @property
-    def is_finite(self) -> bool:
-        """Whether no sum is NaN or infinite."""
-        sums = (self.total, self.inputs, *([] if self.outputs is None else [self.outputs]))
-        return all(bool(torch.isfinite(one).all()) for one in sums)
-
-    @property
     def mean(self) -> Tensor:
         """The mean input, (n) or (groups, n); empty for lookups."""
         return self.total / self.count
@@ -99,6 +93,13 @@ class Moments:
             torch.stack([one.inputs for one in several]).sum(0),
             torch.stack(outputs).sum(0) if len(outputs) == len(several) else None,
         )
+
+    def add_to(self, held: dict[str, Moments], name: str) -> None:
+        """Add these to what is held by a name."""
+        if name in held:
+            held[name].add(self)
+        else:
+            held[name] = self
 
     def add(self, other: Moments) -> None:
         """Add what was seen elsewhere."""

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .batches import Mask, call, checked, evaluating, unmasked
+from .batches import Mask, call, checked, evaluating
 from .calibrate import Calibration
 from .errors import ConversionError
 from .moments import Moments, Source
 from .scan import Found
 from .surgery import swap
+from .watch import rows_of_input, runnable, size, watching
 
 
 class _Enough(Exception):
     """All that was wanted of a batch was seen."""
 
 
-class Sequential:
+class LayerByLayer:
     """A model, and the copy of it whose layers are replaced one after another.
 
     Parameters
@@ -37,9 +38,8 @@ class Sequential:
     """
 
     def __init__(self, model: nn.Module, found: Mapping[str, Found], batches: Sequence[Any], mask: Mask) -> None:
-        self.found, self.batches, self.mask = dict(found), batches, mask
-        unpacked = {id(attention): (attention, parts) for one in found.values() for attention, parts in one.unpacks}
-        self.dense = swap(model, {}, False, unpacked) if unpacked else model
+        self.found, self.batches, self.mask = found, batches, mask
+        self.dense = runnable(model, found.values())
         self.copy = swap(self.dense, {}, inplace=False)
         self._calls = self._first_calls()
         self._held: dict[str, Moments] = {}
@@ -75,16 +75,14 @@ class Sequential:
         found: dict[str, tuple[int, int, int]] = {}
         inputs: list[Tensor] = []  # kept alive, so that no other tensor is taken for one of them
 
-        def seen(name: str, x: Tensor) -> None:
+        def seen(name: str, x: Tensor, result: Any) -> None:
             if not inputs or inputs[-1] is not x:
                 inputs.append(x)
             place, key, count = found.get(name, (len(found), len(inputs), 0))
             found[name] = place, key, count + 1
 
-        with evaluating(self.dense), torch.no_grad(), _watching(self.dense, self.found, seen):
-            for batch in self.batches:
-                call(self.dense, batch)
-                break
+        with evaluating(self.dense), torch.no_grad(), watching(self.dense, self.found, seen):
+            call(self.dense, self.batches[0])
         return found
 
     def _gathered(self, names: Sequence[str]) -> dict[str, Moments]:
@@ -93,58 +91,26 @@ class Sequential:
             for batch in self.batches:
                 mask = self.mask(batch)
                 before, now = (self._inputs(model, names, batch, mask) for model in (self.dense, self.copy))
-                for name in now:
-                    self._add(made, name, before.get(name), now[name])
+                for name, rows in now.items():
+                    moments = Moments.of(rows, size(self.found[name], "in"))
+                    given = before.get(name)
+                    if given is not None and given.shape == rows.shape and rows.is_floating_point():
+                        moments.source = Source.of(given, rows)
+                    moments.add_to(made, name)
         return made
 
     def _inputs(self, model: nn.Module, names: Sequence[str], batch: Any, mask: Tensor | None) -> dict[str, Tensor]:
         """What each layer's weight multiplies in a batch, masked positions left out."""
-        wanted = {name: self._calls[name][2] for name in names}
         found: dict[str, list[Tensor]] = {name: [] for name in names}
 
-        def seen(name: str, x: Tensor) -> None:
-            one = self.found[name]
-            columns = one.layer.columns(one.dense, x.detach())
-            grouped = any(axis.role == "group" for axis in one.layer.axes_of(one.settings))
-            found[name].append(unmasked(columns, mask, columns.is_floating_point() * (1 + grouped)))
-            if all(len(found[other]) >= count for other, count in wanted.items()):
+        def seen(name: str, x: Tensor, result: Any) -> None:
+            found[name].append(rows_of_input(self.found[name], x, mask))
+            if all(len(rows) >= self._calls[other][2] for other, rows in found.items()):
                 raise _Enough
 
-        chosen = {name: self.found[name] for name in names}
-        with _watching(model, chosen, seen), suppress(_Enough):
+        with watching(model, names, seen), suppress(_Enough):
             call(model, batch)
         return {name: torch.cat(rows) for name, rows in found.items() if rows}
-
-    def _add(self, made: dict[str, Moments], name: str, before: Tensor | None, now: Tensor) -> None:
-        one = self.found[name]
-        rows = next(axis.size for axis in one.layer.axes_of(one.settings) if axis.role == "in")
-        moments = Moments.of(now, rows)
-        if before is not None and before.shape == now.shape and now.is_floating_point():
-            moments.source = Source.of(before, now)
-        if name in made:
-            made[name].add(moments)
-        else:
-            made[name] = moments
-
-
-@contextmanager
-def _watching(model: nn.Module, names: Mapping[str, Found], seen: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call a function with a layer's name and input whenever it is about to run."""
-
-    def hook_of(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen(name, args[0] if args else next(iter(kwargs.values())))
-
-        return hook
-
-    handles = []
-    try:
-        for name in names:
-            handles.append(model.get_submodule(name).register_forward_pre_hook(hook_of(name), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Data:
@@ -176,12 +142,12 @@ class Data:
         if calibration is not None and not isinstance(calibration, Calibration):
             raise ConversionError(f"calibration: what `collect` returns; got {type(calibration).__name__}")
         self.calibration: Mapping[str, Moments] = {} if calibration is None else calibration
-        self.sequential: Sequential | None = None
+        self.sequential: LayerByLayer | None = None
         if batches is not None and found:
             held = list(checked(batches, "convert_model"))
             if not held:
                 raise ConversionError("convert_model: at least one batch; got none")
-            self.sequential = Sequential(model, found, held, mask)
+            self.sequential = LayerByLayer(model, found, held, mask)
 
     def order(self, names: Sequence[str]) -> list[str]:
         """The order in which layers of these names are fitted."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import backend, launch, launch_tables
 from .errors import CostModelError
+from .files import replaced
 from .launch_tables import LEAST, Row, Table, Tiles
 from .machine import VARIABLE, measured
 
@@ -251,15 +252,9 @@ def write(table: Table, out: Path | None = None) -> Path:
         If it cannot be written.
     """
     path = _path(table.arch, out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
+    with replaced(path) as temporary:
         temporary.write_text(to_json(table), encoding="utf-8")
         launch_tables.read(temporary, table.arch)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     launch_tables.table.cache_clear()
     return path
 

@@ -1,6 +1,7 @@
 """What the tests of decompositions share: formats, modes of a weight of 48 x 36, and the true error."""
 
 import pytest
+import torch
 
 from tensorlayers.formats import available
 from tensorlayers.testing import dense_by_hand, relative_error
@@ -30,3 +31,10 @@ def dense_of(decomposition, weight):
 
 def true_error(decomposition, weight):
     return relative_error(dense_of(decomposition, weight), weight)
+
+
+def form_of(size, rank=None, decay=2.0):
+    """A positive semidefinite matrix whose eigenvalues fall by so many powers of ten."""
+    rank = rank or size
+    vectors = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0][:, :rank]
+    return (vectors * torch.logspace(0, -decay, rank, dtype=torch.float64)) @ vectors.T

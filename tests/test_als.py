@@ -16,17 +16,10 @@ from tensorlayers.formats import LowRank, available
 from tensorlayers.network import Mode, Network
 from tensorlayers.normal_equations import Factor
 from tensorlayers.testing import dense_by_hand
-from tests.decomposition import FORMATS, MODES_OF, SPLIT
+from tests.decomposition import FORMATS, MODES_OF, SPLIT, form_of
 
 DTYPE = torch.float64
 NOISE = 1e-12  # of a squared error, which is computed as a difference of numbers near 1
-
-
-def form_of(size, rank=None, decay=2.0):
-    """A positive semidefinite matrix whose eigenvalues fall by so many powers of ten."""
-    rank = rank or size
-    vectors = torch.linalg.qr(torch.randn(size, size, dtype=DTYPE))[0][:, :rank]
-    return (vectors * torch.logspace(0, -decay, rank, dtype=DTYPE)) @ vectors.T
 
 
 def names_of(network, role):

@@ -1,6 +1,5 @@
 """collect(model, batches): moments against those by hand, and a model that is left as it was."""
 
-import copy
 import itertools
 import math
 
@@ -12,15 +11,11 @@ from tensorlayers.calibrate import Calibration, collect
 from tensorlayers.errors import CheckpointError, ConversionError
 from tensorlayers.layers import layer_types
 from tensorlayers.testing import assert_close
+from tests.snapshot import Snapshot
 
 
 def outer(rows):
     return rows.double().T @ rows.double()
-
-
-def state_of(model):
-    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in model.modules()]
-    return hooks, [(p.requires_grad, p.grad is None) for p in model.parameters()]
 
 
 class Classifier(nn.Module):
@@ -47,10 +42,9 @@ def sentences(count=3):
 @pytest.mark.parametrize("gradients", [0, 3])
 def test_moments_of_what_is_not_masked(gradients):
     model, batches = Classifier(), sentences()
-    before = state_of(model), copy.deepcopy(model.state_dict())
+    before = Snapshot(model)
     found = collect(model, batches, gradients=gradients)
-    assert (state_of(model), list(model.state_dict())) == (before[0], list(before[1]))
-    assert all(torch.equal(value, before[1][name]) for name, value in model.state_dict().items())
+    assert before == Snapshot(model)
     masks = [batch["attention_mask"].bool() for batch in batches]
     ids = torch.cat([batch["input_ids"][mask] for batch, mask in zip(batches, masks, strict=True)])
     x = model.table.weight.detach()[ids]
@@ -175,10 +169,10 @@ def test_saved_and_loaded(tmp_path):
 def test_what_is_not_finite_is_refused(value, gradients):
     model = Classifier()
     model.up.bias.data[3] = value
-    before = state_of(model)
+    before = Snapshot(model)
     with pytest.raises(ConversionError, match="layer 'down': every activation is finite"):
         collect(model, sentences(), gradients=gradients)
-    assert state_of(model) == before
+    assert before == Snapshot(model)
 
 
 def test_a_batch_that_raises_leaves_no_trace():
@@ -191,10 +185,10 @@ def test_a_batch_that_raises_leaves_no_trace():
 
     model, batches = Halfway(), sentences()
     batches.append({name: value[:1] for name, value in batches[0].items()})
-    before = state_of(model)
+    before = Snapshot(model)
     with pytest.raises(KeyError, match="halfway"):
         collect(model, batches)
-    assert state_of(model) == before
+    assert before == Snapshot(model)
 
 
 @pytest.mark.parametrize(

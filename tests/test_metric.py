@@ -7,12 +7,11 @@ import torch
 
 from tensorlayers import metric as metrics
 from tensorlayers.errors import DecompositionError
-from tensorlayers.formats import LowRank, available
+from tensorlayers.formats import LowRank
 from tensorlayers.metric import Metric, fit, relative_error
 from tensorlayers.network import Axis, linear_axes
 from tensorlayers.testing import dense_by_hand
-from tests.decomposition import FORMATS, MODES_OF, SPLIT
-from tests.test_als import form_of
+from tests.decomposition import FORMATS, MODES_OF, SPLIT, form_of
 
 AXES = linear_axes(48, 36)
 
@@ -116,7 +115,3 @@ def test_inputs_of_a_few_directions(cls):
 def test_what_does_not_fit_is_refused(given, message):
     with pytest.raises(DecompositionError, match=message):
         given.factors(AXES, LowRank(3).resolve(AXES)[0])
-
-
-def test_formats_are_all_there():
-    assert {"cp", "tucker", "tt", "btt", "lowrank"} <= set(available())

@@ -25,6 +25,7 @@ ORDER = [
     {"keys"},
     {"sequential"},
     {"calibrate"},
+    {"watch"},
     {"budget"},
     {"serialize", "scan", "interop"},
     {"plan"},
@@ -61,7 +62,7 @@ ORDER = [
     {"launch_tables"},
     {"cost"},
     {"network", "machine", "timing", "activation"},
-    {"errors"},
+    {"errors", "files"},
 ]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import tensorize
 from ..decompose import Decomposition, decompose, tensorized
 from ..errors import DecompositionError, FormatError, ModeError
-from ..metric import Metric, fit, relative_error
+from ..metric import Metric, curve, fit, relative_error
 from ..network import Axis, Mode, Network, linear_axes, modes_of
 from ..rank import Rank, resolve, validate
 
@@ -188,6 +188,14 @@ class Format(ABC):
         found = decompose(weight, axes, network, lambda dense, network: fit(dense, network, self._fill_groups, factors))
         error = relative_error(tensorized(weight.detach(), axes, network), network, found.cores, factors)
         return dataclasses.replace(found, output_error=error)
+
+    def losses(
+        self, weight: Tensor, axes: Sequence[Axis], metric: Metric, ranks: Sequence[Sequence[int]]
+    ) -> list[float]:
+        """What a weight loses in a metric at lower ranks than this format's: squared errors, at most; see `curve`."""
+        network = self.resolve(axes)[0]
+        dense = tensorized(weight.detach(), axes, network)
+        return curve(dense, network, self._fill_groups, metric.factors(axes, network), ranks)
 
     def _fill_groups(self, dense: Tensor, network: Network) -> list[Tensor]:
         """`fill`, for each group by itself where there are groups."""

@@ -1,7 +1,5 @@
 """convert_model with data: the model's outputs are kept better, the model itself is left as it was."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -9,6 +7,7 @@ from torch import nn
 from tensorlayers import TT, ConversionError, FactorizedLinear, LowRank, convert_model
 from tensorlayers.calibrate import collect
 from tests.decomposition import FORMATS
+from tests.snapshot import Snapshot
 
 
 class Block(nn.Module):
@@ -49,16 +48,6 @@ def narrow(*shape):
 MODELS = {"blocks": blocks, "images": images, "encoder": encoder}
 
 
-def state_of(model):
-    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in model.modules()]
-    values = {name: value.clone() for name, value in model.state_dict().items()}
-    return hooks, values, [p.requires_grad for p in model.parameters()]
-
-
-def same(before, after):
-    return before[0::2] == after[0::2] and all(torch.equal(before[1][name], after[1][name]) for name in before[1])
-
-
 def error(model, converted, x):
     with torch.no_grad():
         y = model.eval()(x)
@@ -71,7 +60,7 @@ def test_outputs_are_kept_better(make, cls):
     torch.manual_seed(0)
     model, draw = make()
     batches, x = [draw(20) for _ in range(8)], draw(100)
-    before = state_of(model)
+    before = Snapshot(model)
     calibration = collect(model, batches)
     options = {"force": True, "formats": cls(0.4)}
     found = [
@@ -80,10 +69,10 @@ def test_outputs_are_kept_better(make, cls):
         convert_model(model, **options, calibration=calibration, batches=batches),
         convert_model(model, **options, batches=batches),
     ]
-    assert same(before, state_of(model))
+    assert before == Snapshot(model)
     for converted in found:
-        assert state_of(converted)[0::2][0][0][:2] == (0, 0)
-        assert converted.training == model.training
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in converted.modules())
+        assert converted.training
     plain, fitted, sequential, alone = (error(model, converted, x) for converted in found)
     assert fitted < plain
     assert sequential < plain
@@ -137,12 +126,10 @@ def test_a_model_that_is_a_layer():
 
 def test_a_batch_that_raises_changes_nothing():
     model, draw = blocks()
-    before = copy.deepcopy(model.state_dict())
+    before = Snapshot(model)
     with pytest.raises(RuntimeError):
         convert_model(model, LowRank(0.4), force=True, inplace=True, batches=[draw(4), torch.zeros(2, 3, 5)])
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(module._forward_pre_hooks for module in model.modules())
-    assert not any(isinstance(module, FactorizedLinear) for module in model.modules())
+    assert before == Snapshot(model)
 
 
 @pytest.mark.parametrize(
