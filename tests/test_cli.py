@@ -11,7 +11,6 @@ import transformers
 
 from tensorlayers import FactorizedLinear, __version__, load_pretrained
 from tensorlayers.cli import main
-from tensorlayers.demo import docstring_sentences
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "file", "is", "read", "written", "not", "when"]
 TEXT = "the file is read\na file is written\nnot a file\nwhen is the file read\n"
@@ -146,13 +145,6 @@ def test_it_runs_as_a_module_and_help_teaches():
     shown = subprocess.run([*command, "convert", "--help"], capture_output=True, text=True).stdout
     for word in ("lowrank", "--params", "50x to 1000x", "--force", "MODEL_DIR"):
         assert word in shown
-
-
-def test_sentences_are_real_and_the_same_each_time():
-    sentences = docstring_sentences(64)
-    assert sentences == docstring_sentences(64)
-    assert len(set(sentences)) == 64
-    assert all(30 <= len(sentence) <= 200 for sentence in sentences)
 
 
 def test_damaged_input_is_one_plain_line_too(source, gpt2, text, tmp_path, capsys):

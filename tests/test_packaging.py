@@ -19,7 +19,7 @@ ORDER = [
     {"__main__"},
     {"cli"},
     {"demo"},
-    {"evaluate", "convert"},
+    {"evaluate", "convert", "texts"},
     {"decide"},
     {"advice"},
     {"keys"},

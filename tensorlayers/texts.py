@@ -1,0 +1,113 @@
+"""Real text that is on every machine: the standard library's docstrings and sources, split by module."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import random
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from .errors import ConversionError
+
+PARTS = ("calibration", "test")
+_SHARE = 0.6
+"""Of the modules whose text is for calibration and training; that of all others is for tests."""
+
+_NOT_LIBRARY = {"site-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data", "encodings"}
+"""Folders of other projects, and of tests and tables."""
+
+
+def docstring_sentences(count: int | None = None, seed: int = 0, part: str | None = None) -> list[str]:
+    """Real English sentences: from the docstrings of the standard library's top-level modules.
+
+    Parameters
+    ----------
+    count : int, optional
+        How many, at most; by default all.
+    seed : int
+        Of their order.
+    part : {"calibration", "test"}, optional
+        Those of some modules alone, chosen by a hash of their names: about 60 % and 40 %. A sentence of both is for
+        tests.
+
+    Returns
+    -------
+    list of str
+        Distinct, 30 to 200 characters each, in a fixed order.
+
+    Raises
+    ------
+    ConversionError
+        If the part is neither.
+    """
+    _check(part)
+    found: dict[str, set[str]] = {}
+    for file in sorted(_library().glob("*.py")):
+        for sentence in sentences_of(_docstrings(file)):
+            found.setdefault(sentence, set()).add(part_of(file.stem))
+    chosen = [sentence for sentence, parts in found.items() if part in (None, max(parts, key=PARTS.index))]
+    random.Random(seed).shuffle(chosen)
+    return chosen[:count]
+
+
+def sources(part: str | None = None) -> list[str]:
+    """The source code of the standard library, a module each.
+
+    Parameters
+    ----------
+    part : {"calibration", "test"}, optional
+        As of `docstring_sentences`: by a hash of the name of the top-level module or package.
+
+    Returns
+    -------
+    list of str
+        In the order of their paths; tests and tables of characters are left out.
+    """
+    _check(part)
+    root, found = _library(), []
+    for file in sorted(root.rglob("*.py")):
+        place = file.relative_to(root)
+        if _NOT_LIBRARY.isdisjoint(place.parts) and part in (None, part_of(place.parts[0].removesuffix(".py"))):
+            try:
+                found.append(file.read_text(encoding="utf-8"))
+            except UnicodeDecodeError:
+                continue
+    return found
+
+
+def part_of(module: str) -> str:
+    """Which part a module belongs to, by a hash of its name."""
+    return PARTS[hashlib.sha256(module.encode()).digest()[0] >= 256 * _SHARE]
+
+
+def sentences_of(texts: Iterable[str]) -> Iterator[str]:
+    """The English sentences of some texts, 30 to 200 characters each."""
+    for text in texts:
+        for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())):
+            if 30 <= len(sentence) <= 200 and re.match(r"[A-Z].*[a-z]{3}.*[.!?]$", sentence):
+                yield sentence
+
+
+def _check(part: str | None) -> None:
+    if part not in (None, *PARTS):
+        raise ConversionError(f"part: one of {', '.join(PARTS)}, or None for all; got {part!r}")
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _docstrings(file: Path) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in old modules
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield ast.get_docstring(node) or ""
