@@ -45,11 +45,12 @@ def docstring_sentences(count: int | None = None, seed: int = 0, part: str | Non
         If the part is neither.
     """
     _check(part)
-    found: dict[str, set[str]] = {}
-    for file in sorted(_library().glob("*.py")):
-        for sentence in sentences_of(_docstrings(file)):
-            found.setdefault(sentence, set()).add(part_of(file.stem))
-    chosen = [sentence for sentence, parts in found.items() if part in (None, max(parts, key=PARTS.index))]
+    pairs = (
+        (file.stem, sentence)
+        for file in sorted(_library().glob("*.py"))
+        for sentence in sentences_of(_docstrings(file))
+    )
+    chosen = _of_part(pairs, part)
     random.Random(seed).shuffle(chosen)
     return chosen[:count]
 
@@ -60,7 +61,8 @@ def sources(part: str | None = None) -> list[str]:
     Parameters
     ----------
     part : {"calibration", "test"}, optional
-        As of `docstring_sentences`: by a hash of the name of the top-level module or package.
+        As of `docstring_sentences`: by a hash of the name of the top-level module or package. What stands in both is
+        for tests.
 
     Returns
     -------
@@ -68,15 +70,15 @@ def sources(part: str | None = None) -> list[str]:
         In the order of their paths; tests and tables of characters are left out.
     """
     _check(part)
-    root, found = _library(), []
-    for file in sorted(root.rglob("*.py")):
-        place = file.relative_to(root)
-        if _NOT_LIBRARY.isdisjoint(place.parts) and part in (None, part_of(place.parts[0].removesuffix(".py"))):
-            try:
-                found.append(file.read_text(encoding="utf-8"))
-            except UnicodeDecodeError:
-                continue
-    return found
+    return _of_part(_modules(), part)
+
+
+def _of_part(pairs: Iterable[tuple[str, str]], part: str | None) -> list[str]:
+    """The distinct texts, of pairs of a module and a text, that are of a part; those of both are of the second."""
+    found: dict[str, set[str]] = {}
+    for module, text in pairs:
+        found.setdefault(text, set()).add(part_of(module))
+    return [text for text, parts in found.items() if part in (None, max(parts, key=PARTS.index))]
 
 
 def part_of(module: str) -> str:
@@ -99,6 +101,18 @@ def _check(part: str | None) -> None:
 
 def _library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _modules() -> Iterator[tuple[str, str]]:
+    """Name and source of all modules; of packages their name."""
+    root = _library()
+    for file in sorted(root.rglob("*.py")):
+        place = file.relative_to(root)
+        if _NOT_LIBRARY.isdisjoint(place.parts):
+            try:
+                yield place.parts[0].removesuffix(".py"), file.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
 
 
 def _docstrings(file: Path) -> Iterator[str]:

@@ -25,7 +25,7 @@ def test_parts_are_disjoint_and_whole():
 
 def test_sources_are_of_one_part_each():
     parts = [sources(part) for part in ("calibration", "test")]
-    assert set(parts[0]).isdisjoint(filter(None, parts[1]))
+    assert set(parts[0]).isdisjoint(parts[1])
     assert sum(map(len, parts[0])) > sum(map(len, parts[1])) > 1e6
 
 
