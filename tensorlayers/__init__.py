@@ -11,6 +11,7 @@ if not (_here / "kernels").is_dir():
 
 from .advice import fastest_modes  # noqa: E402
 from .backend import use_kernels  # noqa: E402
+from .budget import Budget  # noqa: E402
 from .calibrate import Calibration, collect  # noqa: E402
 from .convert import convert_model, plan_conversion, summarize, to_dense  # noqa: E402
 from .errors import (  # noqa: E402
@@ -48,17 +49,21 @@ from .layers import (  # noqa: E402
 from .network import Mode, Network  # noqa: E402
 from .plan import ConversionPlan  # noqa: E402
 from .regularize import prune_ranks, rank_dropout, rank_penalty, truncate  # noqa: E402
+from .rules import EVBMF, Energy, RelativeError  # noqa: E402
 from .serialize import load_pretrained, save_pretrained  # noqa: E402
 
 __all__ = [
     "BTT",
     "CP",
+    "EVBMF",
     "TT",
+    "Budget",
     "Calibration",
     "CheckpointError",
     "ConversionError",
     "ConversionPlan",
     "DecompositionError",
+    "Energy",
     "FactorizedConv1d",
     "FactorizedConv2d",
     "FactorizedConv3d",
@@ -79,6 +84,7 @@ __all__ = [
     "NetworkError",
     "RankError",
     "ReadOnlyWeightError",
+    "RelativeError",
     "TensorContraction",
     "TensorLinear",
     "TensorRegression",

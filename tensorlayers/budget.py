@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from .entry import Entry
 from .errors import ConversionError, RankError
 from .formats import Format
 from .layers import layer_type
+from .layers.data import problem
+from .metric import Metric
 from .moments import Moments
-from .network import Network
+from .network import Axis, Network
+from .rank import clamp, resolve
 from .scan import Found
+from .spectra import spend
 
 _SHARES = (0.03, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.36, 0.42, 0.48, 0.54, 0.6, 0.68, 0.76, 0.84, 0.92)
 """The fractions of a layer's parameters that ranks are tried for."""
+
+_SWEPT = 0.4
+"""The one of them at which a fit is swept, to tell what that gains at all."""
 
 KINDS = ("params", "macs", "latency", "memory")
 
@@ -85,8 +94,29 @@ class Level:
     format: Format | None
 
 
-def levels(entry: Entry, found: Found, formats: Sequence[Format], moments: Moments, budget: Budget) -> list[Level]:
+def levels(
+    entry: Entry,
+    found: Found,
+    formats: Sequence[Format],
+    moments: Moments,
+    budget: Budget,
+    allowed: Callable[[Entry], bool] = lambda entry: True,
+) -> list[Level]:
     """The ways to have a layer, the dense one first; each takes less than that.
+
+    What is computed of a weight, a format and its ranks is kept with the moments.
+
+    Parameters
+    ----------
+    entry : Entry
+        Of the layer as it is.
+    found : Found
+    formats : sequence of Format
+        A rank bounds those that are tried; a fraction of 1 bounds none.
+    moments : Moments
+    budget : Budget
+    allowed : callable
+        Whether the layer may be so converted.
 
     Raises
     ------
@@ -95,32 +125,49 @@ def levels(entry: Entry, found: Found, formats: Sequence[Format], moments: Momen
     """
     if moments.outputs is None:
         raise ConversionError(f"budget: layer {entry.name!r}: gradients of the output; collect them (gradients=4)")
-    layer = layer_type(entry.layer)
-    weight = layer.to_axes(layer.weight_of(found.dense).detach(), entry.settings)
-    metric = moments.metric(centered=getattr(found.dense, "bias", None) is not None)
+    weight, axes, metric = problem(layer_type(entry.layer), [found.dense], [moments])
+    assert metric is not None
+    content = (*weight.shape, float(weight.double().sum()), float(weight.double().norm()))
     made = [Level(budget.costs(entry)[0], 0.0, None)]
     for format in formats:
-        networks: dict[tuple[int, ...], tuple[Format, float]] = {}
-        largest: Network | None = None
-        for share in reversed(_SHARES):
-            try:
-                ranked = dataclasses.replace(format, rank=share).resolve(entry.axes)[0]
-            except RankError:  # too little for one of all ranks
-                break
-            largest = largest or ranked
-            most = [min(pair) for pair in zip(ranked.ranks, largest.ranks, strict=True)]
-            ranks = [max(rank - rank % budget.round_to, min(rank, budget.round_to)) for rank in most]
-            pinned = format.pin(ranked.with_ranks(ranks))
+        candidates: dict[tuple[int, ...], tuple[Format, float]] = {}
+        for network in _networks(format, weight, axes, metric, budget.round_to):
+            pinned = format.pin(network)
             converted = entry.with_format(pinned)
             cost = budget.costs(converted)[1]
-            if cost < made[0].cost and converted.parameters[1] < converted.parameters[0]:
-                networks[pinned.resolve(entry.axes)[0].ranks] = (pinned, cost)
-        if largest is None or not networks:
+            if cost < made[0].cost and converted.parameters[1] < converted.parameters[0] and allowed(converted):
+                candidates[network.ranks] = (pinned, cost)
+        if not candidates:
             continue
-        lost = format.pin(largest).losses(weight, entry.axes, metric, list(networks))
-        for (pinned, cost), error in zip(networks.values(), lost, strict=True):
+        ranks = list(candidates)
+        most = format.pin(format.largest(axes).with_ranks([max(column) for column in zip(*ranks, strict=True)]))
+        key = (str(most), *ranks, content)
+        if key not in moments.curves:
+            sizes = [entry.with_format(pinned).parameters[1] for pinned, _ in candidates.values()]
+            middle = min(range(len(sizes)), key=lambda k: abs(sizes[k] - _SWEPT * entry.parameters[0]))
+            moments.curves[key] = most.losses(weight, axes, metric, ranks, middle)
+        for (pinned, cost), error in zip(candidates.values(), moments.curves[key], strict=True):
             made.append(Level(cost, moments.count * error, pinned))
     return made
+
+
+def _networks(format: Format, weight: Tensor, axes: Sequence[Axis], metric: Metric, round_to: int) -> Iterator[Network]:
+    """Networks of a format from the largest to the smallest, within its own rank."""
+    entries = math.prod(axis.size for axis in axes)
+    bounded = isinstance(format.rank, float)
+    largest = format.largest(axes) if bounded else format.chosen(weight, axes, metric).resolve(axes)[0]
+    measured = format.spectra(weight, axes, metric) if len(largest.bonds) > 1 else {}
+    for share in reversed(_SHARES):
+        if bounded and share > format.rank:  # type: ignore[operator]
+            continue
+        found = spend(largest, measured, math.floor(share * entries))
+        if found is None:
+            try:
+                found = resolve(largest, share, entries, format.name, largest.ranks)[0]
+            except RankError:  # too little for one of all ranks
+                return
+        ranks = [max(rank - rank % round_to, min(rank, round_to)) for rank in found.ranks]
+        yield clamp(found.with_ranks(ranks))
 
 
 def allocate(layers: Sequence[Sequence[Level]], budget: float) -> list[Level]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from . import optimizer as optimizers
 from .batches import Mask, attention_mask
+from .budget import Budget
 from .calibrate import Calibration
 from .decide import decide, entry_for
 from .entry import ROWS, Entry, Work, entry_of
@@ -30,8 +31,10 @@ from .surgery import swap
 
 def plan_conversion(
     model: nn.Module,
-    formats: Format | Choice | None = None,
+    formats: Format | Sequence[Format] | Choice | None = None,
     *,
+    budget: Budget | None = None,
+    calibration: Calibration | None = None,
     share: Shares | None = None,
     where: Callable[[str, nn.Module], bool] | None = None,
     force: bool = False,
@@ -55,7 +58,16 @@ def plan_conversion(
     formats : Format, or mapping of keys to Format or None
         One format for all layers; or keys, of which the first that matches wins: an exact name, ``re:`` and a
         pattern that matches the whole name, and ``"*"`` for all others. None leaves a layer dense. Embeddings are
-        converted only where a key other than ``"*"`` names them, or by `force`.
+        converted only where a key other than ``"*"`` names them, or by `force`. With a budget there may be a list of
+        formats in place of each, of which every layer gets the best; their ranks bound what it may get
+        (``LowRank(1.0)`` bounds nothing).
+    budget : Budget, optional
+        What the layers to be converted may take in all, for instance ``Budget(params=0.5)``: each then gets the format
+        and ranks, or stays dense, so that the model's output on the calibration data changes least. Layers that share
+        cores are no part of it. Needs `calibration`.
+    calibration : Calibration, optional
+        What `collect` gathered: ranks are then spent where outputs on these data need them, and errors are stated of
+        the outputs too. Where it has nothing of a layer, or little, a note says so.
     share : mapping of patterns to Format
         Layers to be factorized jointly, as one tensor with one more mode: they share the cores. A key is ``re:``
         and a pattern; layers for which it captures the same text are a group, for instance one a block by
@@ -85,13 +97,17 @@ def plan_conversion(
     ConversionError
         If the model is none, a key matches nothing, a value is no format, layers that are to share cores are not
         alike, or rows or device are none.
+        Also if there is a budget without a calibration, or one that cannot be kept.
     RankError, ModeError, FormatError
         If a format named for a layer does not fit its shape.
     """
     _check_model(model)
+    if budget is not None and not isinstance(budget, Budget):
+        raise ConversionError(f"budget: a Budget such as Budget(params=0.5); got {budget!r}")
     work = _work(model, rows, device)
     found = scan(model, fold)
-    entries = decide(found, model, formats, share or {}, where, force, work)
+    data = Data(model, {}, calibration)
+    entries = decide(found, model, formats, share or {}, where, force, work, calibration, budget)
     if errors:
         known = {layer.name: layer for layer in found}
         meta = {layer.name for layer in found if any(p.is_meta for p in layer.module.parameters())}
@@ -100,15 +116,17 @@ def plan_conversion(
             made = {}
             for group in _together(entries, progress):
                 if meta.isdisjoint(entry.name for entry in group):
-                    made.update({e.name: m.error for e, m in zip(group, _factorize(group, known), strict=True)})
-        entries = [replace(entry, error=made.get(entry.name)) for entry in entries]
+                    for entry, layer in zip(group, _factorize(group, known, data), strict=True):
+                        made[entry.name] = replace(entry, error=layer.error, output_error=layer.output_error)
+        entries = [made.get(entry.name, entry) for entry in entries]
     return ConversionPlan(entries, _parameters(model), work=work)
 
 
 def convert_model(
     model: nn.Module,
-    formats: Format | Choice | ConversionPlan | None = None,
+    formats: Format | Sequence[Format] | Choice | ConversionPlan | None = None,
     *,
+    budget: Budget | None = None,
     share: Shares | None = None,
     inplace: bool = False,
     optimizer: Optimizer | None = None,
@@ -145,7 +163,7 @@ def convert_model(
     optimizer : torch.optim.Optimizer, optional
         What trains `model`. It is changed so that it trains the converted model: the cores take the places of their
         weights in the parameter groups, without their moments; all else keeps its state.
-    share, where, force, fold, rows, device, progress
+    budget, share, where, force, fold, rows, device, progress
         See `plan_conversion`. With a plan, all but `progress` are already decided.
     calibration : Calibration, optional
         What `collect` gathered: each layer then keeps its outputs on these data, as far as they matter to the model's,
@@ -173,14 +191,16 @@ def convert_model(
     if optimizer is not None:
         optimizers.check(optimizer, model)
     if isinstance(formats, ConversionPlan):
-        if where is not None or force or share or fold or device or rows != ROWS:
-            others = "share, where, force, fold, rows and device"
+        if where is not None or force or share or fold or device or budget or rows != ROWS:
+            others = "budget, share, where, force, fold, rows and device"
             raise ConversionError(f"convert_model: a plan is already decided; {others} go to plan_conversion")
         plan = formats
     else:
         plan = plan_conversion(
             model,
             formats,
+            budget=budget,
+            calibration=calibration,
             share=share,
             where=where,
             force=force,

@@ -69,6 +69,13 @@ def decompose(
         If the weight is no floating-point tensor of this shape with values, or has NaN or infinite entries; or if
         the cores came out not finite in the weight's dtype.
     """
+    check(weight, axes)
+    with without_autocast(weight):
+        return _decompose(weight, axes, network, fill)
+
+
+def check(weight: Tensor, axes: Sequence[Axis]) -> None:
+    """Raise `DecompositionError` where a weight has no finite floating-point values, or not the shape of its axes."""
     shape = tuple(axis.size for axis in axes)
     if tuple(weight.shape) != shape:
         raise DecompositionError(f"weight {tuple(weight.shape)}: its axes have the sizes {shape}")
@@ -76,17 +83,15 @@ def decompose(
         raise DecompositionError(f"weight: a floating-point dtype; got {weight.dtype}")
     if weight.is_meta:
         raise DecompositionError("weight: it is on the meta device, without values to decompose")
-    with without_autocast(weight):
-        return _decompose(weight, axes, network, fill)
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise DecompositionError(f"weight {tuple(weight.shape)}: every entry is finite; {bad} are NaN or infinite")
 
 
 def _decompose(
     weight: Tensor, axes: Sequence[Axis], network: Network, fill: Callable[[Tensor, Network], Sequence[Tensor]]
 ) -> Decomposition:
     dense = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    bad = int((~torch.isfinite(dense)).sum())
-    if bad:
-        raise DecompositionError(f"weight {tuple(weight.shape)}: every entry is finite; {bad} are NaN or infinite")
     # The largest entry first: squares of 1e-30 underflow, of 1e30 overflow.
     scale = float(dense.abs().max())
     if scale > 0:

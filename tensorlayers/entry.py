@@ -106,8 +106,8 @@ class Entry:
         What costs are stated for.
     frozen : bool
         Whether the layer computes with a dense weight that it keeps beside its cores.
-    error : float or None
-        Relative error of the weight, where it has been computed.
+    error, output_error : float or None
+        Relative error of the weight, and of the layer's outputs on the data it is fitted to, where computed.
     reason : str
         Why the layer stays dense; empty where it is converted.
     blocked : bool
@@ -127,6 +127,7 @@ class Entry:
     parameters: tuple[int, int] = (0, 0)
     macs: tuple[int, int] = (0, 0)
     error: float | None = None
+    output_error: float | None = None
     reason: str = ""
     blocked: bool = False
     notes: tuple[str, ...] = ()
@@ -203,6 +204,7 @@ class Entry:
             parameters=(self.parameters[0],) * 2,
             macs=(self.macs[0],) * 2,
             error=None,
+            output_error=None,
             notes=(),
             advice="",
             reason=reason,
@@ -233,6 +235,7 @@ class Entry:
             parameters=(self.parameters[0], part + (position < rest)),
             macs=(self.macs[0], factorized.macs // rows),
             error=None,
+            output_error=None,
             reason="",
             advice="",
             notes=(*clamped, *_padding(network, self.axes)),
@@ -245,7 +248,8 @@ def entry_of(
     """The entry of a layer that is factorized already. Of a frozen one the dense weight counts, beside the cores."""
     settings, work = layer.settings_of(layer), work or Work()
     entry = Entry(name, layer.source, layer.kind, settings, aliases=aliases, stack=layer.stack, share=share, work=work)
-    entry = replace(entry.with_format(layer.format.pin(layer.network)), error=layer.error)
+    entry = entry.with_format(layer.format.pin(layer.network))
+    entry = replace(entry, error=layer.error, output_error=layer.output_error)
     if not layer.frozen:
         return entry
     (size, cores), (macs, _) = entry.parameters, entry.macs
@@ -265,6 +269,10 @@ def _is_counts(value: object, lengths: tuple[int, ...]) -> bool:
     return isinstance(value, list) and len(value) in lengths and all(is_count(item) for item in value)
 
 
+def _is_error(value: object) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf)
+
+
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "name": ("a string", lambda v: isinstance(v, str)),
     "kind": ("a string", lambda v: isinstance(v, str)),
@@ -273,10 +281,8 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "settings": ("an object", lambda v: isinstance(v, dict)),
     "parameters": ("two counts", lambda v: _is_counts(v, (2,))),
     "macs": ("two counts", lambda v: _is_counts(v, (2,))),
-    "error": (
-        "a number or null",
-        lambda v: v is None or (isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < math.inf),
-    ),
+    "error": ("a number or null", _is_error),
+    "output_error": ("a number or null", _is_error),
     "format": ("an object or null", lambda v: v is None or isinstance(v, dict)),
     "reason": ("a string", lambda v: isinstance(v, str)),
     "blocked": ("true or false", lambda v: isinstance(v, bool)),
@@ -288,6 +294,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 _OPTIONAL: dict[str, Any] = {
     "error": None,
+    "output_error": None,
     "format": None,
     "reason": "",
     "blocked": False,
@@ -341,4 +348,6 @@ def read_entry(item: Mapping[str, Any], work: Work) -> Entry:
         converted = entry.with_format(from_dict(item["format"]))
     except TensorlayersError as error:
         raise type(error)(f"{where}: format: {error}") from None
-    return replace(converted, error=item["error"] if item.get("stated_for") == item["format"] else None, advice=advice)
+    if item.get("stated_for") != item["format"]:
+        return replace(converted, advice=advice)
+    return replace(converted, error=item["error"], output_error=item["output_error"], advice=advice)

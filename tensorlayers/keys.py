@@ -12,7 +12,10 @@ from .errors import ConversionError
 from .formats import Format
 from .scan import Found
 
-Choice = Mapping[str, "Format | None"]
+Formats = tuple[Format, ...]
+"""What a layer may be converted to; without a budget one format."""
+
+Choice = Mapping[str, "Format | Sequence[Format] | None"]
 Shares = Mapping[str, Format]
 
 
@@ -35,44 +38,50 @@ class Group:
 
 
 def choose(
-    formats: Format | Choice, found: Sequence[Found], model: nn.Module
-) -> dict[str, tuple[str | None, Format | None]]:
-    """The first matching key of a mapping for each layer, ``"*"`` last, and its format.
+    formats: Format | Sequence[Format] | Choice, found: Sequence[Found], model: nn.Module, several: bool = False
+) -> dict[str, tuple[str | None, Formats | None]]:
+    """The first matching key of a mapping for each layer, ``"*"`` last, and its formats.
 
     Parameters
     ----------
-    formats : Format, or mapping
+    formats : Format, sequence of them, or mapping
         Keys: an exact name, ``re:`` and a pattern that matches the whole name, or ``"*"``. Values: a format, or
         None to leave the layer dense. A format alone is that of ``"*"``.
+    several : bool
+        Whether there may be several formats in place of one.
 
     Returns
     -------
     dict
-        Layer name -> (key, format); the key is None where none matches.
+        Layer name -> (key, formats); the key is None where none matches.
 
     Raises
     ------
     ConversionError
         If a key matches no layer, a pattern is no regular expression, or a value is no format.
     """
-    if isinstance(formats, Format):
+    if isinstance(formats, Format) or (several and isinstance(formats, (list, tuple))):
         formats = {"*": formats}
     if not isinstance(formats, Mapping) or not formats:
         raise ConversionError(
             f"formats: a format such as LowRank(0.5), or a mapping of names to those; got {formats!r}"
         )
+    given: dict[str, Formats | None] = {}
     for key, value in formats.items():
-        if not isinstance(key, str) or not (value is None or isinstance(value, Format)):
-            raise ConversionError(f"formats[{key!r}]: a string key, and a format or None; got {value!r}")
-    keys = sorted(formats, key=lambda key: key == "*")
+        some = tuple(value) if several and isinstance(value, (list, tuple)) and value else (value,)
+        if not isinstance(key, str) or not (value is None or all(isinstance(one, Format) for one in some)):
+            what = "a format, several of them, or None" if several else "a format or None"
+            raise ConversionError(f"formats[{key!r}]: a string key, and {what}; got {value!r}")
+        given[key] = None if value is None else some
+    keys = sorted(given, key=lambda key: key == "*")
     used = {key: key == "*" for key in keys}
-    chosen: dict[str, tuple[str | None, Format | None]] = {}
+    chosen: dict[str, tuple[str | None, Formats | None]] = {}
     for layer in found:
         chosen[layer.name] = (None, None)
         hits = [key for key in keys if any(_key_matches(key, name) for name in (layer.name, *layer.aliases))]
         used.update(dict.fromkeys(hits, True))
         if hits:
-            chosen[layer.name] = (hits[0], formats[hits[0]])
+            chosen[layer.name] = (hits[0], given[hits[0]])
     for key in keys:
         if not used[key]:
             modules = dict(model.named_modules(remove_duplicate=False))

@@ -128,14 +128,14 @@ def _uncoupled(factor: Factor) -> Factor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Root:
+class Root:
     """The symmetric square root of a factor, and its inverse where it counts for anything."""
 
     root: Factor
     inverse: Factor
 
     @classmethod
-    def of(cls, factor: Factor) -> _Root:
+    def of(cls, factor: Factor) -> Root:
         if not factor.modes:
             values, vectors = factor.values, None
         else:
@@ -164,7 +164,7 @@ def _is_absorbed(factor: Factor, network: Network) -> bool:
     return _carriers(network, tuple(own)) == len(holds) == 1 and set(factor.batch) <= set(holds[0])
 
 
-def _times(tensor: Tensor, names: Indices, factor: Factor) -> Tensor:
+def times(tensor: Tensor, names: Indices, factor: Factor) -> Tensor:
     """A tensor with a factor applied to its modes."""
     sizes = dict(zip(names, tensor.shape, strict=True))
     sizes |= {primed(name): sizes[name] for name in factor.modes}
@@ -172,12 +172,12 @@ def _times(tensor: Tensor, names: Indices, factor: Factor) -> Tensor:
     return contraction.contract((names, factor.names), result, (tensor, factor.values), sizes)
 
 
-def _changed(network: Network, cores: Sequence[Tensor], roots: Sequence[_Root], inverse: bool) -> list[Tensor]:
+def _changed(network: Network, cores: Sequence[Tensor], roots: Sequence[Root], inverse: bool) -> list[Tensor]:
     """Cores in the basis of some roots, or back."""
     cores = list(cores)
     for root in roots:
         k = root.carrier(network)
-        cores[k] = _times(cores[k], network.cores[k], root.inverse if inverse else root.root)
+        cores[k] = times(cores[k], network.cores[k], root.inverse if inverse else root.root)
     return cores
 
 
@@ -185,7 +185,7 @@ def _squared(dense: Tensor, names: Indices, metric: Sequence[Factor]) -> float:
     """The squared norm in a metric."""
     applied = dense
     for factor in metric:
-        applied = _times(applied, names, factor)
+        applied = times(applied, names, factor)
     return max(float((dense * applied).sum()), 0.0)
 
 
@@ -235,26 +235,18 @@ def fit(
     Wang et al. 2024, SVD-LLM: truncation-aware data whitening, for the case of a matrix.
     """
     plain = [core.double() for core in fill(dense, network)]
-    seen = _Seen(dense, network, metric)
+    seen = Seen(dense, network, metric)
     if not seen.norm:
         return plain
     near = seen.back(network, seen.filled(fill))
     plain = _changed(network, plain, seen.taken, inverse=False)
     start = min(near, [plain[0] / seen.norm, *plain[1:]], key=lambda cores: seen.error(network, cores))
-    cores, _ = least_squares(
-        network,
-        seen.weight,
-        balance(network, start),
-        metric=seen.rest,
-        anchored=True,
-        sweeps=sweeps,
-        tolerance=tolerance,
-    )
+    cores, _ = _swept(network, seen, start, sweeps, tolerance)
     cores = _changed(network, cores, seen.taken, inverse=True)
     return [cores[0] * seen.norm, *cores[1:]]
 
 
-class _Seen:
+class Seen:
     """A weight as a metric sees it: in the bases of the cores that carry a factor alone, of norm 1 in the rest.
 
     `norm` is its own there, `rest` the factors that stay; `whitened` are the roots of the nearest Kronecker product of
@@ -263,21 +255,37 @@ class _Seen:
 
     def __init__(self, dense: Tensor, network: Network, metric: Sequence[Factor]) -> None:
         self.network, self.names = network, tuple(mode.name for mode in network.modes)
-        self.taken = [_Root.of(factor) for factor in metric if _is_absorbed(factor, network)]
+        self.taken = [Root.of(factor) for factor in metric if _is_absorbed(factor, network)]
         self.rest = [factor for factor in metric if not _is_absorbed(factor, network)]
         parts = [part for factor in self.rest for part in _kronecker(factor)]
-        self.whitened = [_Root.of(part) for part in parts if _is_absorbed(part, network)]
+        self.whitened = [Root.of(part) for part in parts if _is_absorbed(part, network)]
         self.weight = dense.double()
         for root in self.taken:
-            self.weight = _times(self.weight, self.names, root.root)
+            self.weight = times(self.weight, self.names, root.root)
         self.norm = math.sqrt(_squared(self.weight, self.names, self.rest))
         self.weight = self.weight / (self.norm or 1.0)
 
+    def in_basis(self) -> tuple[Tensor, list[Factor]]:
+        """The weight in the basis of the Kronecker product, and the forms that stay there, which are near identities.
+
+        Of no norm in particular.
+        """
+        seen, forms = self.weight, []
+        for root in self.whitened:
+            seen = times(seen, self.names, root.root)
+        for form in self.rest:
+            values = form.values
+            for root in self.whitened:
+                if root.inverse.modes and set(root.inverse.modes) <= set(form.modes):
+                    away = tuple(f"{name}*" for name in form.modes)
+                    for places in ((form.modes, away), (away, form.modes)):
+                        values = times(values, (*form.batch, *places[0], *places[1]), root.inverse)
+            forms.append(Factor(values, form.modes, form.batch))
+        return seen, forms
+
     def filled(self, fill: Fill) -> list[Tensor]:
         """Cores in the basis of the Kronecker product, see `back`."""
-        seen = self.weight
-        for root in self.whitened:
-            seen = _times(seen, self.names, root.root)
+        seen, _ = self.in_basis()
         scale = torch.linalg.vector_norm(seen)
         cores = [core.double() for core in fill(seen / scale, self.network)]
         return [cores[0] * scale, *cores[1:]]
@@ -292,11 +300,16 @@ class _Seen:
 
 
 def curve(
-    dense: Tensor, network: Network, fill: Fill, metric: Sequence[Factor], ranks: Sequence[Sequence[int]]
+    dense: Tensor,
+    network: Network,
+    fill: Fill,
+    metric: Sequence[Factor],
+    ranks: Sequence[Sequence[int]],
+    swept: int | None = None,
 ) -> list[float]:
     """How much of a weight, as a metric sees it, smaller networks lose: squared errors, not relative ones.
 
-    The cores are filled once, for the largest network, and then rounded; they are not swept, so that these are bounds.
+    The cores are filled once, for the largest network, and then rounded.
 
     Parameters
     ----------
@@ -307,12 +320,34 @@ def curve(
     metric : sequence of Factor
     ranks : sequence of sequence of int
         Those of the smaller networks, none above those of `network`.
+    swept : int, optional
+        The one of them that is swept by least squares as well, where that can gain something; all are taken to gain
+        as large a part. By default none is.
     """
-    seen = _Seen(dense, network, metric)
+    seen = Seen(dense, network, metric)
     if not seen.norm:
         return [0.0] * len(ranks)
-    cores, found = seen.filled(fill), []
-    for some in ranks:
+    cores, found, gain = seen.filled(fill), [], 1.0
+    for k, some in enumerate(ranks):
         small, rounded = round_network(network, cores, some)
-        found.append((seen.error(small, seen.back(small, rounded)) * seen.norm) ** 2)
-    return found
+        start = seen.back(small, rounded)
+        error = seen.error(small, start)
+        found.append((error * seen.norm) ** 2)
+        if k == swept and seen.rest and error:
+            gain = (_swept(small, seen, start, SWEEPS, TOLERANCE)[1] / error) ** 2
+    return [gain * one for one in found]
+
+
+def _swept(
+    network: Network, seen: Seen, start: Sequence[Tensor], sweeps: int, tolerance: float
+) -> tuple[list[Tensor], float]:
+    """Least squares from some cores on, in the bases of the weight, and the relative error."""
+    return least_squares(
+        network,
+        seen.weight,
+        balance(network, start),
+        metric=seen.rest,
+        anchored=True,
+        sweeps=sweeps,
+        tolerance=tolerance,
+    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ class Moments:
         The sum of the outer products of gradients of the model's output, (m, m) or (groups, m, m).
     source : Source, optional
         What the dense model's layer took at the same positions, where the inputs above are those of another model.
+    curves : dict
+        What was computed from these sums before, by what it was computed for: see budget.py.
     """
 
     count: float
@@ -58,6 +60,7 @@ class Moments:
     inputs: Tensor
     outputs: Tensor | None = None
     source: Source | None = None
+    curves: dict[Hashable, list[float]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, columns: Tensor, rows: int) -> Moments:
@@ -103,6 +106,7 @@ class Moments:
 
     def add(self, other: Moments) -> None:
         """Add what was seen elsewhere."""
+        self.curves.clear()
         self.count += other.count
         self.total += other.total
         self.inputs += other.inputs
@@ -114,6 +118,7 @@ class Moments:
 
     def add_outputs(self, gradients: Tensor, weight: float) -> None:
         """Add gradients of the output, (positions, m) or (positions, groups, m)."""
+        self.curves.clear()
         found = _outer(gradients) * weight
         self.outputs = found if self.outputs is None else self.outputs + found
 

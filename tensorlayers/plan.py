@@ -157,13 +157,14 @@ class ConversionPlan:
         return ". ".join([*said, *([f"The plan has {table.counted(rest, 'more such note')}"] if rest else [])])
 
     def __str__(self) -> str:
-        rows = [_row(entry) for entry in self]
+        fitted = any(entry.output_error is not None for entry in self)
+        rows = [_row(entry) + ((_error(entry.output_error),) if fitted and entry.format else ()) for entry in self]
         notes = Counter(note for entry in self for note in (*entry.notes, *filter(None, [entry.advice])))
         (before, after), macs = self.parameters, self.macs
         return "\n".join(
             [
                 *table.wrapped(self.title),
-                *table.lines(_HEAD, rows),
+                *table.lines((*_HEAD, "of output") if fitted else _HEAD, rows),
                 *(line for n, k in notes.items() for line in table.wrapped(f"note: {n} ({table.counted(k, 'layer')})")),
                 f"{len(self.converted)} of {len(self)} layers converted; "
                 f"parameters {before:,} -> {after:,} ({after / max(before, 1):.1%})",
@@ -194,7 +195,9 @@ class ConversionPlan:
         entries = []
         for entry in self:
             layer = model.get_submodule(entry.name) if entry.converted else None
-            entries.append(replace(entry, error=layer.error) if isinstance(layer, FactorizedLayer) else entry)
+            if isinstance(layer, FactorizedLayer):
+                entry = replace(entry, error=layer.error, output_error=layer.output_error)
+            entries.append(entry)
         return ConversionPlan(entries, self.total, "converted", self.work)
 
     def to_json(self) -> str:
@@ -275,5 +278,9 @@ def _row(entry: Entry) -> tuple[str, ...]:
         "->".join(table.count(number) for number in entry.parameters),
         "->".join(table.count(number) for number in entry.macs),
         *(table.durations(*pair) if pair else "-" for pair in times),
-        "-" if entry.error is None else f"{entry.error:.3f}",
+        _error(entry.error),
     )
+
+
+def _error(error: float | None) -> str:
+    return "-" if error is None else f"{error:.3f}"

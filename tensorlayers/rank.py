@@ -11,7 +11,12 @@ from typing import TypeAlias
 from .errors import RankError
 from .network import Network
 
-Rank: TypeAlias = "int | float | tuple[int, ...]"
+
+class RankRule:
+    """What chooses ranks by the weight: see rules.py. It stands for a rank where there is a weight to decompose."""
+
+
+Rank: TypeAlias = "int | float | tuple[int, ...] | RankRule"
 
 
 def validate(rank: object, what: str = "") -> Rank:
@@ -19,20 +24,22 @@ def validate(rank: object, what: str = "") -> Rank:
 
     Parameters
     ----------
-    rank : int, float or sequence of int
-        One rank for all bonds, a fraction of the dense parameters in (0, 1], or one rank a bond.
+    rank : int, float, sequence of int or RankRule
+        One rank for all bonds, a fraction of the dense parameters in (0, 1], one rank a bond, or what chooses them.
     what : str
         The format's name, for the error.
 
     Returns
     -------
-    int, float or tuple of int
+    int, float, tuple of int or RankRule
 
     Raises
     ------
     RankError
         If a rank is below 1 or no integer, or a fraction is outside (0, 1].
     """
+    if isinstance(rank, RankRule):
+        return rank
     if isinstance(rank, Sequence) and not isinstance(rank, (str, bytes, bytearray)):
         for bond, entry in enumerate(rank, 1):
             if isinstance(entry, bool) or not isinstance(entry, Integral):
@@ -82,9 +89,14 @@ def resolve(
     Raises
     ------
     RankError
-        If a tuple has the wrong length, or a fraction is smaller than that of the network with all ranks 1.
+        If a tuple has the wrong length, a fraction is smaller than that of the network with all ranks 1, or the rank
+        is a rule: it needs a weight.
     """
     rank = validate(rank, what)
+    if isinstance(rank, RankRule):
+        raise RankError(
+            f"rank {rank}: a weight to choose it by, as from_dense and convert_model have; there is none here"
+        )
     if isinstance(rank, float):
         return _largest_within(network, rank, dense_parameters, what, most), ()
     bonds = network.bonds

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Mask, call, checked, evaluating
+from .batches import Mask, attention_mask, call, checked, evaluating
 from .calibrate import Calibration
 from .errors import ConversionError
 from .moments import Moments, Source
@@ -136,8 +136,8 @@ class Data:
         model: nn.Module,
         found: Mapping[str, Found],
         calibration: Calibration | None,
-        batches: Iterable[Any] | None,
-        mask: Mask,
+        batches: Iterable[Any] | None = None,
+        mask: Mask = attention_mask,
     ) -> None:
         if calibration is not None and not isinstance(calibration, Calibration):
             raise ConversionError(f"calibration: what `collect` returns; got {type(calibration).__name__}")

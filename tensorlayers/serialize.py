@@ -203,7 +203,12 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], list[st
 
 def _layers(model: nn.Module) -> dict[str, Any]:
     return {
-        name: {"kind": module.kind, "error": module.error, **module.config()}
+        name: {
+            "kind": module.kind,
+            "error": module.error,
+            "output_error": module.output_error,
+            **module.config(),
+        }
         for name, module in model.named_modules()
         if isinstance(module, FactorizedLayer)
     }
@@ -279,8 +284,8 @@ def _read_layer(name: str, item: Any) -> FactorizedLayer:
         if "kind" not in item:
             raise KeyError("kind")
         layer = layer_type(item["kind"]).from_config(item)
-        stated = item.get("error")
-        layer.error = float(stated) if isinstance(stated, (int, float)) else None
+        stated = [item.get(key) for key in ("error", "output_error")]
+        layer.error, layer.output_error = (float(one) if isinstance(one, (int, float)) else None for one in stated)
     except TensorlayersError as error:
         raise CheckpointError(f"layer {name!r}: {error}") from None
     except MALFORMED as error:

@@ -50,6 +50,8 @@ ORDER = [
     {"conv_search", "measure_conv", "measure_gemm"},
     {"conv_cost", "conv_maps"},
     {"formats", "moments"},
+    {"rules"},
+    {"spectra"},
     {"fit", "metric"},
     {"als"},
     {"normal_equations"},

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from .. import tensorize
-from ..decompose import Decomposition, decompose, tensorized
-from ..errors import DecompositionError, FormatError, ModeError
+from ..decompose import Decomposition, check, decompose, tensorized
+from ..errors import DecompositionError, FormatError, ModeError, RankError
 from ..metric import Metric, curve, fit, relative_error
 from ..network import Axis, Mode, Network, linear_axes, modes_of
-from ..rank import Rank, resolve, validate
+from ..rank import Rank, clamp, resolve, validate
+from ..rules import SpectralRule
+from ..spectra import Spectrum, spectra, spend
 
 _REGISTRY: dict[str, type[Format]] = {}
 
@@ -31,9 +33,10 @@ class Format(ABC):
 
     Parameters
     ----------
-    rank : int, float or tuple of int
-        One rank for all bonds; a fraction of the layer's weight parameters, in (0, 1]; or one rank a bond, in the
-        order of ``network.bonds``. Ranks above the largest useful one are clamped.
+    rank : int, float, tuple of int or RankRule
+        One rank for all bonds; a fraction of the layer's weight parameters, in (0, 1]; one rank a bond, in the order
+        of ``network.bonds``; or a rule that reads them off the weight, see `chosen`. Ranks above the largest useful
+        one are clamped.
     in_modes, out_modes : tuple of int, optional
         How the in / out features are tensorized. Their product is at least the number of features; the excess is
         padding. By default the format chooses.
@@ -181,7 +184,7 @@ class Format(ABC):
                     "of other weights the axes are stated"
                 )
             axes = linear_axes(*weight.shape)
-        network = self.resolve(axes)[0]
+        network = self.chosen(weight, axes, metric).resolve(axes)[0]
         if metric is None:
             return decompose(weight, axes, network, self._fill_groups)
         factors = metric.factors(axes, network)
@@ -189,13 +192,57 @@ class Format(ABC):
         error = relative_error(tensorized(weight.detach(), axes, network), network, found.cores, factors)
         return dataclasses.replace(found, output_error=error)
 
+    def chosen(self, weight: Tensor, axes: Sequence[Axis], metric: Metric | None = None) -> Format:
+        """This format with the ranks that a weight decides, every choice written out; else itself.
+
+        A rule (`Energy`, `RelativeError`, `EVBMF`) always reads them off the weight. A fraction does in a metric: as
+        many parameters, but spent on those bonds that would cut off most of what the data see.
+
+        Raises
+        ------
+        RankError
+            If a rule is given and a bond is not the only link between two halves of the network (CP's, a ring's).
+        """
+        rule = self.rank if isinstance(self.rank, SpectralRule) else None
+        if rule is None and (metric is None or not isinstance(self.rank, float) or weight.is_meta):
+            return self
+        check(weight, axes)
+        largest = self.largest(axes)
+        if rule is None and len(largest.bonds) < 2:
+            return self
+        measured = self.spectra(weight, axes, metric if rule is None or rule.in_metric else None)
+        if rule is not None:
+            rest = [bond for bond in largest.bonds if bond not in measured]
+            if rest:
+                raise RankError(f"{self}: bonds that alone join two halves of the network; {rest[0]} does not")
+            return self.pin(clamp(largest.with_ranks(rule.ranks(measured))))
+        assert isinstance(self.rank, float)
+        self.resolve(axes)  # which says so where the fraction is too small
+        found = spend(largest, measured, math.floor(self.rank * math.prod(axis.size for axis in axes)))
+        return self if found is None else self.pin(found)
+
+    def largest(self, axes: Sequence[Axis]) -> Network:
+        """The network of these modes with the largest useful ranks: it gives any weight exactly."""
+        return dataclasses.replace(self, rank=math.prod(axis.size for axis in axes)).resolve(axes)[0]
+
+    def spectra(self, weight: Tensor, axes: Sequence[Axis], metric: Metric | None = None) -> dict[str, Spectrum]:
+        """The spectra of a weight at the bonds of this format's network that have one; see `spectra.spectra`."""
+        network = self.largest(axes)
+        factors = () if metric is None else metric.factors(axes, network)
+        return spectra(tensorized(weight.detach(), axes, network), network, factors)
+
     def losses(
-        self, weight: Tensor, axes: Sequence[Axis], metric: Metric, ranks: Sequence[Sequence[int]]
+        self,
+        weight: Tensor,
+        axes: Sequence[Axis],
+        metric: Metric,
+        ranks: Sequence[Sequence[int]],
+        swept: int | None = None,
     ) -> list[float]:
-        """What a weight loses in a metric at lower ranks than this format's: squared errors, at most; see `curve`."""
+        """What a weight loses in a metric at lower ranks than this format's: squared errors, roughly; see `curve`."""
         network = self.resolve(axes)[0]
         dense = tensorized(weight.detach(), axes, network)
-        return curve(dense, network, self._fill_groups, metric.factors(axes, network), ranks)
+        return curve(dense, network, self._fill_groups, metric.factors(axes, network), ranks, swept)
 
     def _fill_groups(self, dense: Tensor, network: Network) -> list[Tensor]:
         """`fill`, for each group by itself where there are groups."""

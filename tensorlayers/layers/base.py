@@ -175,15 +175,10 @@ class FactorizedLayer(Freezable, RankDropout):
                 raise ConversionError("from_dense: a layer with a shape; this one is lazy")
         if not isinstance(format, Format):
             raise ConversionError(f"from_dense: a Format such as LowRank(0.5); got {format!r}")
-        settings = [cls.settings_of(module) for module in modules]
-        weights = [cls.to_axes(cls.weight_of(m).detach(), s) for m, s in zip(modules, settings, strict=True)]
         count = len(modules) if len(modules) > 1 else None
-        axes = cls._stacked(settings[0], count)
-        aimed, metric, own = weights, None, cls.axes_of(settings[0])
-        if moments is not None:
-            biased = all(getattr(module, "bias", None) is not None for module in modules)
-            aimed, metric = data.aims(weights, moments, own, biased)
-        decomposition = format.decompose(aimed[0] if count is None else torch.stack(aimed), axes, metric)
+        weight, axes, metric = data.problem(cls, modules, moments)
+        format = format.chosen(weight, axes, metric)
+        decomposition = format.decompose(weight, axes, metric)
         network = cls.arranged(decomposition.network)
         layers: list[Self] = []
         for position, module in enumerate(modules):
@@ -199,8 +194,9 @@ class FactorizedLayer(Freezable, RankDropout):
             for k, (layer, module) in enumerate(zip(layers, modules, strict=True)):
                 layer._adopt(module)
                 if layer.bias is not None and moments is not None:
-                    dense = contraction.dense_weight(layer.own_network, layer.own_cores(), own)
-                    layer.bias.copy_(data.mended(layer.bias, weights[k], dense, moments[k], own))
+                    before = cls.to_axes(cls.weight_of(module), cls.settings_of(module))
+                    after = contraction.dense_weight(layer.own_network, layer.own_cores(), layer.axes)
+                    layer.bias.copy_(data.mended(layer.bias, before, after, moments[k], layer.axes))
         return layers
 
     @classmethod

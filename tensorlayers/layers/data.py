@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..metric import Metric
 from ..moments import Moments
 from ..network import Axis
+from .kind import LayerKind
 
 _ORDER = ("group", "out", "in", "kernel")
 
@@ -29,16 +31,34 @@ def from_matrix(matrix: Tensor, axes: Sequence[Axis]) -> Tensor:
     return ordered.permute([places.index(k) for k in range(len(axes))])
 
 
-def aims(
-    weights: Sequence[Tensor], moments: Sequence[Moments], axes: Sequence[Axis], biased: bool
-) -> tuple[list[Tensor], Metric]:
-    """The weights to fit in place of some, of one dimension an axis each, and the metric of their data together."""
-    pooled = Moments.pooled(moments)
-    aimed = [
-        weight if one.source is None else from_matrix(one.target(to_matrix(weight, axes), centered=biased), axes)
-        for weight, one in zip(weights, moments, strict=True)
-    ]
-    return aimed, pooled.metric(centered=biased)
+def problem(
+    kind: type[LayerKind], modules: Sequence[nn.Module], moments: Sequence[Moments] | None = None
+) -> tuple[Tensor, tuple[Axis, ...], Metric | None]:
+    """What dense layers of one shape are factorized by: a weight, its axes, and the metric of their data.
+
+    Parameters
+    ----------
+    kind : type
+        The factorized layer kind.
+    modules : sequence of nn.Module
+        Several are one weight with an axis more.
+    moments : sequence of Moments, optional
+        One a module. Where those are of another model than the dense one, the weight is what makes good for that.
+    """
+    settings = kind.settings_of(modules[0])
+    own = kind.axes_of(settings)
+    weights = [kind.to_axes(kind.weight_of(module).detach(), settings) for module in modules]
+    metric = None
+    if moments is not None:
+        biased = all(getattr(module, "bias", None) is not None for module in modules)
+        metric = Moments.pooled(moments).metric(centered=biased)
+        weights = [
+            weight if one.source is None else from_matrix(one.target(to_matrix(weight, own), centered=biased), own)
+            for weight, one in zip(weights, moments, strict=True)
+        ]
+    if len(modules) == 1:
+        return weights[0], own, metric
+    return torch.stack(weights), (Axis("stack", len(modules)), *own), metric
 
 
 def mended(bias: Tensor, weight: Tensor, found: Tensor, moments: Moments, axes: Sequence[Axis]) -> Tensor:
