@@ -21,11 +21,33 @@ from .rank import clamp, resolve
 from .scan import Found
 from .spectra import spend
 
-_SHARES = (0.03, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.36, 0.42, 0.48, 0.54, 0.6, 0.68, 0.76, 0.84, 0.92)
+_SHARES = (
+    0.002,
+    0.005,
+    0.01,
+    0.02,
+    0.03,
+    0.05,
+    0.08,
+    0.12,
+    0.16,
+    0.2,
+    0.25,
+    0.3,
+    0.36,
+    0.42,
+    0.48,
+    0.54,
+    0.6,
+    0.68,
+    0.76,
+    0.84,
+    0.92,
+)
 """The fractions of a layer's parameters that ranks are tried for."""
 
-_SWEPT = 0.4
-"""The one of them at which a fit is swept, to tell what that gains at all."""
+_SWEPT = 0.4, 2.0
+"""Those of them that are swept, as multiples of the budget's: few layers get less or more."""
 
 KINDS = ("params", "macs", "latency", "memory")
 
@@ -141,11 +163,11 @@ def levels(
             continue
         ranks = list(candidates)
         most = format.pin(format.largest(axes).with_ranks([max(column) for column in zip(*ranks, strict=True)]))
-        key = (str(most), *ranks, content)
+        shares = [entry.with_format(pinned).parameters[1] / entry.parameters[0] for pinned, _ in candidates.values()]
+        swept = [k for k, share in enumerate(shares) if _SWEPT[0] < share / budget.share < _SWEPT[1]]
+        key = (str(most), *ranks, *swept, content)
         if key not in moments.curves:
-            sizes = [entry.with_format(pinned).parameters[1] for pinned, _ in candidates.values()]
-            middle = min(range(len(sizes)), key=lambda k: abs(sizes[k] - _SWEPT * entry.parameters[0]))
-            moments.curves[key] = most.losses(weight, axes, metric, ranks, middle)
+            moments.curves[key] = most.losses(weight, axes, metric, ranks, swept)
         for (pinned, cost), error in zip(candidates.values(), moments.curves[key], strict=True):
             made.append(Level(cost, moments.count * error, pinned))
     return made
@@ -167,7 +189,8 @@ def _networks(format: Format, weight: Tensor, axes: Sequence[Axis], metric: Metr
             except RankError:  # too little for one of all ranks
                 return
         ranks = [max(rank - rank % round_to, min(rank, round_to)) for rank in found.ranks]
-        yield clamp(found.with_ranks(ranks))
+        largest = clamp(found.with_ranks([min(pair) for pair in zip(ranks, largest.ranks, strict=True)]))
+        yield largest
 
 
 def allocate(layers: Sequence[Sequence[Level]], budget: float) -> list[Level]:

@@ -107,7 +107,8 @@ def plan_conversion(
     work = _work(model, rows, device)
     found = scan(model, fold)
     data = Data(model, {}, calibration)
-    entries = decide(found, model, formats, share or {}, where, force, work, calibration, budget)
+    with torch.random.fork_rng(devices=[]):
+        entries = decide(found, model, formats, share or {}, where, force, work, calibration, budget)
     if errors:
         known = {layer.name: layer for layer in found}
         meta = {layer.name for layer in found if any(p.is_meta for p in layer.module.parameters())}

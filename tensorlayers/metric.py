@@ -10,7 +10,7 @@ and, where not all outputs count alike, ``||G^(1/2) (W - W_hat) C^(1/2)||^2``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -305,11 +305,11 @@ def curve(
     fill: Fill,
     metric: Sequence[Factor],
     ranks: Sequence[Sequence[int]],
-    swept: int | None = None,
+    swept: Collection[int] = (),
 ) -> list[float]:
-    """How much of a weight, as a metric sees it, smaller networks lose: squared errors, not relative ones.
+    """How much of a weight, as a metric sees it, smaller and smaller networks lose: squared errors, not relative ones.
 
-    The cores are filled once, for the largest network, and then rounded.
+    The cores are filled once, for the largest network; each smaller one is rounded from the one before it.
 
     Parameters
     ----------
@@ -319,23 +319,23 @@ def curve(
     fill : callable
     metric : sequence of Factor
     ranks : sequence of sequence of int
-        Those of the smaller networks, none above those of `network`.
-    swept : int, optional
-        The one of them that is swept by least squares as well, where that can gain something; all are taken to gain
-        as large a part. By default none is.
+        Those of the smaller networks, none above those before.
+    swept : collection of int
+        The places of those that are swept by least squares as well, where that can gain something.
     """
     seen = Seen(dense, network, metric)
     if not seen.norm:
         return [0.0] * len(ranks)
-    cores, found, gain = seen.filled(fill), [], 1.0
+    cores, found = seen.filled(fill), []
     for k, some in enumerate(ranks):
-        small, rounded = round_network(network, cores, some)
-        start = seen.back(small, rounded)
-        error = seen.error(small, start)
+        network, cores = round_network(network, cores, some)
+        fitted = seen.back(network, cores)
+        error = seen.error(network, fitted)
+        if k in swept and seen.rest:
+            fitted, error = _swept(network, seen, fitted, 1, 0.0)
+            cores = _changed(network, fitted, seen.whitened, inverse=False)
         found.append((error * seen.norm) ** 2)
-        if k == swept and seen.rest and error:
-            gain = (_swept(small, seen, start, SWEEPS, TOLERANCE)[1] / error) ** 2
-    return [gain * one for one in found]
+    return found
 
 
 def _swept(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, ClassVar
@@ -237,7 +237,7 @@ class Format(ABC):
         axes: Sequence[Axis],
         metric: Metric,
         ranks: Sequence[Sequence[int]],
-        swept: int | None = None,
+        swept: Collection[int] = (),
     ) -> list[float]:
         """What a weight loses in a metric at lower ranks than this format's: squared errors, roughly; see `curve`."""
         network = self.resolve(axes)[0]
