@@ -49,6 +49,9 @@ _SHARES = (
 _SWEPT = 0.4, 2.0
 """Those of them that are swept, as multiples of the budget's: few layers get less or more."""
 
+_EVERY = 2
+"""Each of so many of these; between them their errors are interpolated."""
+
 KINDS = ("params", "macs", "latency", "memory")
 
 
@@ -164,7 +167,7 @@ def levels(
         ranks = list(candidates)
         most = format.pin(format.largest(axes).with_ranks([max(column) for column in zip(*ranks, strict=True)]))
         shares = [entry.with_format(pinned).parameters[1] / entry.parameters[0] for pinned, _ in candidates.values()]
-        swept = [k for k, share in enumerate(shares) if _SWEPT[0] < share / budget.share < _SWEPT[1]]
+        swept = [k for k, share in enumerate(shares) if _SWEPT[0] < share / budget.share < _SWEPT[1]][::_EVERY]
         key = (str(most), *ranks, *swept, content)
         if key not in moments.curves:
             moments.curves[key] = most.losses(weight, axes, metric, ranks, swept)

@@ -9,6 +9,7 @@ and, where not all outputs count alike, ``||G^(1/2) (W - W_hat) C^(1/2)||^2``.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -241,7 +242,7 @@ def fit(
     near = seen.back(network, seen.filled(fill))
     plain = _changed(network, plain, seen.taken, inverse=False)
     start = min(near, [plain[0] / seen.norm, *plain[1:]], key=lambda cores: seen.error(network, cores))
-    cores, _ = _swept(network, seen, start, sweeps, tolerance)
+    cores, _ = seen.swept(network, start, sweeps, tolerance, torch.float64)
     cores = _changed(network, cores, seen.taken, inverse=True)
     return [cores[0] * seen.norm, *cores[1:]]
 
@@ -298,6 +299,20 @@ class Seen:
         """The relative error of cores in the bases of the weight."""
         return relative_error(self.weight, network, cores, self.rest)
 
+    def swept(
+        self, network: Network, start: Sequence[Tensor], sweeps: int, tolerance: float, dtype: torch.dtype
+    ) -> tuple[list[Tensor], float]:
+        """Least squares from some cores on, in the bases of the weight; and the relative error."""
+        return least_squares(
+            network,
+            self.weight.to(dtype),
+            [core.to(dtype) for core in balance(network, start)],
+            metric=[Factor(form.values.to(dtype), form.modes, form.batch) for form in self.rest],
+            anchored=True,
+            sweeps=sweeps,
+            tolerance=tolerance,
+        )
+
 
 def curve(
     dense: Tensor,
@@ -321,33 +336,25 @@ def curve(
     ranks : sequence of sequence of int
         Those of the smaller networks, none above those before.
     swept : collection of int
-        The places of those that are swept by least squares as well, where that can gain something.
+        The places of those that are swept by least squares as well, in float32, where that can gain something; what
+        lies between two of them is then interpolated.
     """
     seen = Seen(dense, network, metric)
     if not seen.norm:
         return [0.0] * len(ranks)
-    cores, found = seen.filled(fill), []
+    swept = sorted(swept) if seen.rest else []
+    cores, errors = seen.filled(fill), dict[int, float]()
     for k, some in enumerate(ranks):
+        if swept and swept[0] < k < swept[-1] and k not in swept:
+            continue
         network, cores = round_network(network, cores, some)
         fitted = seen.back(network, cores)
-        error = seen.error(network, fitted)
-        if k in swept and seen.rest:
-            fitted, error = _swept(network, seen, fitted, 1, 0.0)
-            cores = _changed(network, fitted, seen.whitened, inverse=False)
-        found.append((error * seen.norm) ** 2)
-    return found
-
-
-def _swept(
-    network: Network, seen: Seen, start: Sequence[Tensor], sweeps: int, tolerance: float
-) -> tuple[list[Tensor], float]:
-    """Least squares from some cores on, in the bases of the weight, and the relative error."""
-    return least_squares(
-        network,
-        seen.weight,
-        balance(network, start),
-        metric=seen.rest,
-        anchored=True,
-        sweeps=sweeps,
-        tolerance=tolerance,
-    )
+        if k in swept:
+            fitted, errors[k] = seen.swept(network, fitted, 1, 0.0, torch.float32)
+            cores = _changed(network, [core.double() for core in fitted], seen.whitened, inverse=False)
+        else:
+            errors[k] = seen.error(network, fitted)
+    for before, after in itertools.pairwise(sorted(errors)):
+        for k in range(before + 1, after):
+            errors[k] = errors[before] + (errors[after] - errors[before]) * (k - before) / (after - before)
+    return [(errors[k] * seen.norm) ** 2 for k in range(len(ranks))]
