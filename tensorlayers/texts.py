@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
 import random
 import re
 import sysconfig
@@ -48,11 +49,31 @@ def docstring_sentences(count: int | None = None, seed: int = 0, part: str | Non
     pairs = (
         (file.stem, sentence)
         for file in sorted(_library().glob("*.py"))
-        for sentence in sentences_of(_docstrings(file))
+        for sentence in sentences_of(_docstrings(_read(file)))
     )
     chosen = _of_part(pairs, part)
     random.Random(seed).shuffle(chosen)
     return chosen[:count]
+
+
+def library_sentences(part: str | None = None, seed: int = 0) -> list[str]:
+    """Real English sentences: from docstrings and comments of the whole standard library, packages included.
+
+    Parameters
+    ----------
+    part, seed
+        As of `docstring_sentences`; with the same part, its sentences are among these.
+
+    Returns
+    -------
+    list of str
+        About 20,000 in all.
+    """
+    _check(part)
+    texts = ((module, text) for module, source in _modules() for text in (*_docstrings(source), *_comments(source)))
+    chosen = _of_part(((module, sentence) for module, text in texts for sentence in sentences_of([text])), part)
+    random.Random(seed).shuffle(chosen)
+    return chosen
 
 
 def sources(part: str | None = None) -> list[str]:
@@ -108,20 +129,32 @@ def _modules() -> Iterator[tuple[str, str]]:
     root = _library()
     for file in sorted(root.rglob("*.py")):
         place = file.relative_to(root)
-        if _NOT_LIBRARY.isdisjoint(place.parts):
-            try:
-                yield place.parts[0].removesuffix(".py"), file.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                continue
+        if _NOT_LIBRARY.isdisjoint(place.parts) and (source := _read(file)):
+            yield place.parts[0].removesuffix(".py"), source
 
 
-def _docstrings(file: Path) -> Iterator[str]:
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""
+
+
+def _docstrings(source: str) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in old modules
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):
+            tree = ast.parse(source)
+    except SyntaxError:
         return
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             yield ast.get_docstring(node) or ""
+
+
+def _comments(source: str) -> Iterator[str]:
+    """Blocks of lines that are comments alone."""
+    lines = (line.strip() for line in source.splitlines())
+    for commented, block in itertools.groupby(lines, lambda line: line.startswith("#")):
+        if commented:
+            yield " ".join(line.lstrip("# ") for line in block)

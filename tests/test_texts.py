@@ -3,7 +3,7 @@
 import pytest
 
 from tensorlayers.errors import ConversionError
-from tensorlayers.texts import docstring_sentences, part_of, sources
+from tensorlayers.texts import docstring_sentences, library_sentences, part_of, sources
 
 
 def test_sentences_are_real_and_the_same_each_time():
@@ -21,6 +21,13 @@ def test_parts_are_disjoint_and_whole():
     assert len(parts[0]) > len(parts[1]) > 1000
     modules = [f"module{k}" for k in range(1000)]
     assert 500 < sum(part_of(module) == "calibration" for module in modules) < 700
+
+
+def test_the_whole_library_has_more_and_none_of_the_tests():
+    parts = [library_sentences(part) for part in ("calibration", "test")]
+    assert set(parts[0]).isdisjoint(parts[1])
+    assert set(parts[0]).isdisjoint(docstring_sentences(part="test"))
+    assert len(parts[0]) > 2 * len(docstring_sentences(part="calibration"))
 
 
 def test_sources_are_of_one_part_each():
