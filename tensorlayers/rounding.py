@@ -16,32 +16,12 @@ import torch
 from torch import Tensor
 
 from . import contraction
+from .bond_changes import Kept, Mixed, aligned
 from .errors import DecompositionError, RankError
 from .network import Network
 from .precision import without_autocast
 
 _RIDGE = 1e-12
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The values of a bond that remain where a network is cut to some of its slices.
-
-    Parameters
-    ----------
-    batch : tuple of str
-        Modes on every core that carries the bond: each of their values keeps slices of its own.
-    positions : Tensor
-        Shape (\\*sizes of batch, kept), integers in ascending order.
-    """
-
-    batch: tuple[str, ...]
-    positions: Tensor
-
-    def of(self, tensor: Tensor, names: Sequence[str], bond: str) -> Tensor:
-        """The slices that are kept, bit for bit, of a tensor with the axes `names` of a core."""
-        positions = aligned(self.positions.to(tensor.device), (*self.batch, bond), names)
-        return torch.take_along_dim(tensor, positions, dim=names.index(bond))
 
 
 @dataclass(frozen=True)
@@ -54,30 +34,16 @@ class Rounding:
     cores : tuple of Tensor
         Shapes ``network.core_shapes``.
     kept : mapping
-        The lowered bonds -> the slices that were selected; None where slices were mixed.
+        The lowered bonds -> what was done to their values, in turn: slices selected, or mixed. Empty where that is not
+        known.
     loose : tuple of str
         The lowered bonds of which components were selected: a fit of the cores may still lower the error.
     """
 
     network: Network
     cores: tuple[Tensor, ...]
-    kept: Mapping[str, Kept | None]
+    kept: Mapping[str, tuple[Kept | Mixed, ...]]
     loose: tuple[str, ...] = ()
-
-
-def aligned(tensor: Tensor, indices: Sequence[str], names: Sequence[str]) -> Tensor:
-    """A tensor over some of the indices of a core, shaped to be broadcast over it.
-
-    Parameters
-    ----------
-    tensor : Tensor
-        One axis for each of `indices`.
-    indices, names : sequence of str
-        All of `indices` are among the core's `names`.
-    """
-    present = [name for name in names if name in indices]
-    ordered = tensor.permute([indices.index(name) for name in present])
-    return ordered.reshape([ordered.shape[present.index(name)] if name in indices else 1 for name in names])
 
 
 def round_network(
@@ -153,7 +119,7 @@ def round_bonds(network: Network, cores: Sequence[Tensor], ranks: Sequence[int])
     if tuple(ranks) == network.ranks:
         return Rounding(network, tuple(cores), {})
     check_finite(cores)
-    kept: dict[str, Kept | None] = {}
+    kept: dict[str, tuple[Kept | Mixed, ...]] = {}
     loose: list[str] = []
     lowered = network
     with torch.no_grad(), without_autocast(cores[0]):
@@ -168,12 +134,12 @@ def round_bonds(network: Network, cores: Sequence[Tensor], ranks: Sequence[int])
             if pair:
                 # Where there is another way round: of the two cores alone, and nothing is cut yet.
                 sides = halves or ({carriers[0]}, {carriers[1]})
-                lowered, wide = _gauged(lowered, wide, bond, rank if halves else present, carriers, sides)
-            kept[bond] = None
+                lowered, wide, mixed = _gauged(lowered, wide, bond, rank if halves else present, carriers, sides)
+                kept[bond] = (mixed,)
             if halves is None:
                 lowered, wide, slices = _selected(lowered, wide, bond, rank)
                 loose.append(bond)
-                kept[bond] = None if pair else slices
+                kept[bond] = (*kept.get(bond, ()), slices)
         rounded = [
             new.to(core.dtype).contiguous() if set(names) & set(kept) else core
             for names, new, core in zip(network.cores, wide, cores, strict=True)
@@ -189,7 +155,7 @@ def keep(network: Network, cores: Sequence[Tensor], kept: Mapping[str, Kept]) ->
             if bond in names:
                 cut[k] = slices.of(cut[k], names, bond)
     ranks = [kept[b].positions.shape[-1] if b in kept else network.size[b] for b in network.bonds]
-    return Rounding(network.with_ranks(ranks), tuple(cut), dict(kept))
+    return Rounding(network.with_ranks(ranks), tuple(cut), {bond: (slices,) for bond, slices in kept.items()})
 
 
 def check_finite(cores: Sequence[Tensor]) -> None:
@@ -217,15 +183,14 @@ def _with_rank(network: Network, bond: str, rank: int) -> Network:
 
 def _gauged(
     network: Network, cores: Sequence[Tensor], bond: str, rank: int, carriers: Sequence[int], sides: Sequence[set[int]]
-) -> tuple[Network, list[Tensor]]:
+) -> tuple[Network, list[Tensor], Mixed]:
     """Bring a bond of two cores into the canonical gauge of its two sides, and keep the `rank` largest values."""
     left, right = carriers
     batch = [index for index in network.cores[left] if index in network.cores[right] and index != bond]
     grams = [_side_gram(network, cores, side, bond, batch) for side in sides]
-    cores = list(cores)
-    for k, transform in zip(carriers, _gauge(grams[0], grams[1], rank), strict=True):
-        cores[k] = _apply(cores[k], network.cores[k], transform, batch, bond)
-    return _with_rank(network, bond, rank), cores
+    mixed = Mixed(tuple(batch), dict(zip(carriers, _gauge(grams[0], grams[1], rank), strict=True)))
+    changed = [mixed.of(k, core, network.cores[k], bond) if k in carriers else core for k, core in enumerate(cores)]
+    return _with_rank(network, bond, rank), changed, mixed
 
 
 def _selected(network: Network, cores: Sequence[Tensor], bond: str, rank: int) -> tuple[Network, list[Tensor], Kept]:
@@ -288,16 +253,6 @@ def _gauge(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     to_left = torch.where(alive[:, None, :], roots[1] @ v * power, v)
     to_right = torch.where(alive[:, None, :], roots[0] @ u * power, torch.where(zero, v, 0.0))
     return to_left, to_right
-
-
-def _apply(core: Tensor, names: Sequence[str], transform: Tensor, batch: Sequence[str], bond: str) -> Tensor:
-    """Multiply a core with a matrix on a bond, one for each value of the batch."""
-    rest = [index for index in names if index not in batch and index != bond]
-    order = [*batch, *rest, bond]
-    moved = core.permute([names.index(index) for index in order])
-    lead, middle = moved.shape[: len(batch)], moved.shape[len(batch) : -1]
-    product = moved.reshape(transform.shape[0], math.prod(middle), moved.shape[-1]) @ transform
-    return product.reshape(*lead, *middle, transform.shape[-1]).permute([order.index(index) for index in names])
 
 
 def _select(network: Network, cores: Sequence[Tensor], bond: str, rank: int) -> tuple[Kept, Tensor]:

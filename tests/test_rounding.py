@@ -179,7 +179,7 @@ def test_components_are_selected_and_fitted_again(groups):
             for kept in (stacked[group][:, list(subset)] for subset in itertools.combinations(range(5), 4))
         )
         assert abs(float((dense[group] - rounded[group]).norm()) - best) <= 1e-9 * best
-    kept = rounding.kept["r"]
+    (kept,) = rounding.kept["r"]
     assert kept.positions.shape == ((4,) if groups is None else (groups, 4))
     # All cores but the one that took the scales hold slices of the old ones, bit for bit.
     exact = [
@@ -194,7 +194,7 @@ def test_orthogonal_components_are_dropped_by_their_size():
     cores = [torch.eye(4, dtype=torch.float64) for _ in range(3)]
     cores[1] = cores[1] * torch.tensor([2.0, 5.0, 1.0, 3.0], dtype=torch.float64)
     rounding = round_bonds(network, cores, (2,))
-    assert rounding.kept["r"].positions.tolist() == [1, 3]
+    assert rounding.kept["r"][0].positions.tolist() == [1, 3]
     assert_close(rounding.cores[0], cores[0][:, [1, 3]], torch.float64)
 
 

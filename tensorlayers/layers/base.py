@@ -286,7 +286,7 @@ class FactorizedLayer(Freezable, RankDropout):
             As of a `Format`: one rank for all bonds, a fraction of the dense weight's parameters, or one rank a bond.
             Ranks above the present ones leave those as they are.
         optimizer : torch.optim.Optimizer, optional
-            What trains the layer. Its state of the parameters that change is dropped, and starts anew.
+            What trains the layer. Its moments follow as gradients do; state of another kind starts anew.
 
         Returns
         -------

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, SGD, Optimizer
 
 from .. import contraction
 from ..als import least_squares
+from ..bond_changes import Kept
 from ..decompose import balance
 from ..errors import NetworkError, RankError
 from ..network import Network
 from ..precision import without_autocast
 from ..rank import Rank, clamp, resolve
-from ..rounding import Kept, Rounding, check_finite, keep, round_bonds
+from ..rounding import Rounding, check_finite, keep, round_bonds
 from .kind import plain
 
 if TYPE_CHECKING:
     from .base import FactorizedLayer
 
 _SWEEPS = 100
+_MOST = 1e3
+"""Slices whose size changed by more have no state of an optimizer that follows."""
 
 
 def refuse_shared(layer: FactorizedLayer, what: str) -> None:
@@ -52,7 +56,7 @@ def _round(network: Network, cores: Sequence[Tensor], ranks: Sequence[int]) -> R
         small = network.with_ranks(ranks)
         empty = tuple(core.new_empty(shape) for core, shape in zip(cores, small.core_shapes, strict=True))
         changed = zip(network.bonds, network.ranks, small.ranks, strict=True)
-        return Rounding(small, empty, {bond: None for bond, before, after in changed if after < before})
+        return Rounding(small, empty, {bond: () for bond, before, after in changed if after < before})
     wide = [core.detach().double() for core in cores]
     with without_autocast(cores[0]):
         rounding = _fitted(network, wide, round_bonds(network, wide, ranks))
@@ -80,7 +84,7 @@ def _fitted(network: Network, cores: Sequence[Tensor], rounding: Rounding) -> Ro
     start = [core / scale for core, scale in zip(rounding.cores, scales, strict=True)]
     fitted, _ = least_squares(rounding.network, (network, target), start, sweeps=_SWEEPS, only=carriers)
     result = tuple(core * scale for core, scale in zip(fitted, scales, strict=True))
-    return replace(rounding, cores=result, kept=dict.fromkeys(rounding.kept))
+    return replace(rounding, cores=result)
 
 
 def selected(layer: FactorizedLayer, positions: Mapping[str, Sequence[int]]) -> Rounding:
@@ -110,7 +114,7 @@ def selected(layer: FactorizedLayer, positions: Mapping[str, Sequence[int]]) -> 
     if not cut.kept or useful == cut.network:
         return cut
     again = _round(cut.network, cut.cores, useful.ranks)
-    return replace(again, kept={**cut.kept, **dict.fromkeys(again.kept)})
+    return replace(again, kept={b: cut.kept.get(b, ()) + again.kept.get(b, ()) for b in {**cut.kept, **again.kept}})
 
 
 def shrink(layers: Sequence[FactorizedLayer], rounding: Rounding, optimizer: Optimizer | None) -> None:
@@ -126,11 +130,10 @@ def shrink(layers: Sequence[FactorizedLayer], rounding: Rounding, optimizer: Opt
     if not rounding.kept:
         return
     first = layers[0]
-    for parameter, names, values in zip(first.cores, first.network.cores, rounding.cores, strict=True):
-        changes = {bond: rounding.kept[bond] for bond in names if bond in rounding.kept}
-        if changes:
+    for k, (parameter, names, values) in enumerate(zip(first.cores, first.network.cores, rounding.cores, strict=True)):
+        if set(names) & set(rounding.kept):
             if optimizer is not None:
-                _follow(optimizer, parameter, _projection(names, changes))
+                _follow(optimizer, parameter, _Change(k, names, parameter, rounding))
             _replace(parameter, values.contiguous())
     for layer in layers:
         layer._set_network(rounding.network)
@@ -138,22 +141,56 @@ def shrink(layers: Sequence[FactorizedLayer], rounding: Rounding, optimizer: Opt
         layer.error = layer.output_error = None  # it was that of the larger network
 
 
-def _projection(names: Sequence[str], changes: Mapping[str, Kept | None]) -> Callable[[Tensor], Tensor] | None:
-    """What cuts a tensor like a core as the core is cut; None where the core's slices were mixed."""
-    kept = {bond: slices for bond, slices in changes.items() if slices is not None}
-    if len(kept) < len(changes):
-        return None
+class _Change:
+    """How what belongs to the entries of a core follows, where the core is made smaller.
 
-    def project(tensor: Tensor) -> Tensor:
-        for bond, slices in kept.items():
-            tensor = slices.of(tensor, names, bond)
-        return tensor.contiguous()
+    Selected slices are selected. Where values of a bond were mixed, a gradient is mixed by the matrix of the other
+    core; where slices of the core were then scaled, to balance or to fit them, it is scaled inversely. The gradient of
+    the smaller core is exactly this where one bond was lowered and nothing fitted, and nearly this elsewhere.
+    """
 
-    return project
+    def __init__(self, core: int, names: Sequence[str], before: Tensor, rounding: Rounding) -> None:
+        self.core, self.names = core, names
+        lowered = [bond for bond in names if bond in rounding.kept]
+        self.moves = [(bond, move) for bond in lowered for move in rounding.kept[bond]]
+        self.is_known = all(rounding.kept[bond] for bond in lowered)
+        moved = before.detach().double()
+        for bond, move in self.moves:
+            moved = move.of(moved, names, bond) if isinstance(move, Kept) else move.of(core, moved, names, bond)
+        after = rounding.cores[core].detach().double()
+        self.is_selection = self.is_known and torch.equal(moved, after)
+        self._scale = _ratio(moved, after, [axis for axis, name in enumerate(names) if name not in lowered])
+        # A slice that all but vanished, or came from nothing, has no gradient of the core to go by.
+        self.is_known = self.is_known and bool((self._scale.log().abs() <= math.log(_MOST)).all())
+
+    def of_gradient(self, tensor: Tensor, power: int = 1) -> Tensor:
+        """A gradient of the core, or its mean square (power 2), as that of the smaller core."""
+        wide = tensor.double()
+        for bond, move in self.moves:
+            if isinstance(move, Kept):
+                wide = move.of(wide, self.names, bond)
+            else:
+                wide = move.gradient_of(self.core, wide, self.names, bond, power)
+        return (wide * self._scale**power).to(tensor.dtype).contiguous()
 
 
-def _follow(optimizer: Optimizer, parameter: nn.Parameter, project: Callable[[Tensor], Tensor] | None) -> None:
-    """Cut the optimizer's state of a parameter as the parameter will be, or drop it: it then starts anew."""
+def _ratio(first: Tensor, second: Tensor, axes: Sequence[int]) -> Tensor:
+    """The ratio of the norms of slices along some axes; 1 where one of them is zero, or the shapes are unlike."""
+    if first.shape != second.shape:
+        return first.new_ones(())
+    norms = [
+        torch.linalg.vector_norm(tensor, dim=tuple(axes), keepdim=True) if axes else tensor.abs()
+        for tensor in (first, second)
+    ]
+    return torch.where((norms[0] > 0) & (norms[1] > 0), norms[0] / norms[1], 1.0)
+
+
+_POWERS = {"exp_avg": 1, "grad_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2}
+"""The state of torch's optimizers that is a mean of gradients, or of their squares."""
+
+
+def _follow(optimizer: Optimizer, parameter: nn.Parameter, change: _Change) -> None:
+    """Change the optimizer's state of a parameter as its gradient will be, or drop it: it then starts anew."""
     if isinstance(optimizer, LBFGS):  # one history for all parameters together
         optimizer.state.clear()
         optimizer._numel_cache = None
@@ -162,10 +199,14 @@ def _follow(optimizer: Optimizer, parameter: nn.Parameter, project: Callable[[Te
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim()}
     others = [value for value in state.values() if not isinstance(value, Tensor)]
     alike = all(tensor.shape == parameter.shape for tensor in tensors.values())
-    if project is None or not alike or not all(value is None or isinstance(value, (int, float)) for value in others):
-        optimizer.state.pop(parameter, None)
+    powers = _POWERS | ({"momentum_buffer": 1} if isinstance(optimizer, SGD) else {})
+    if change.is_selection:  # any state is cut alike
+        powers = dict.fromkeys(tensors, 1)
+    known = change.is_known and alike and tensors.keys() <= powers.keys()
+    if known and all(value is None or isinstance(value, (int, float)) for value in others):
+        state.update({key: change.of_gradient(tensor, powers[key]) for key, tensor in tensors.items()})
     else:
-        state.update({key: project(tensor) for key, tensor in tensors.items()})
+        optimizer.state.pop(parameter, None)
 
 
 def _replace(parameter: nn.Parameter, values: Tensor) -> None:

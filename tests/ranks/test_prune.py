@@ -85,7 +85,7 @@ def test_a_bond_too_large_beside_the_others_is_rounded():
     prune_ranks(layer, 0, optimizer)
     assert layer.network.ranks == (1, 1, 1, 1)  # the first bond, of rank 4, has one value on the other side
     assert_close(layer.to_dense(), before, torch.float64)
-    assert [core in optimizer.state for core in layer.cores] == [False, True, False, True, True]
+    assert all(optimizer.state[core]["exp_avg"].shape == core.shape for core in layer.cores)
     step(layer, optimizer)
     check_whole(layer)
 
