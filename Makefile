@@ -18,7 +18,7 @@ $(VENV)/.installed: $(DEFINITION)
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install -c constraints.txt setuptools wheel
 	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e '.[test,demo,tensorly-torch]'
+	$(PIP) install -c constraints.txt -e '.[test]'
 	touch $@
 
 test: $(VENV)/.installed lint

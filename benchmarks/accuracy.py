@@ -50,7 +50,6 @@ from tensorlayers import (
 from tensorlayers.texts import docstring_sentences, library_sentences, sentences_of
 
 PREFIX = "encoder.encoder."
-_BATCH = 32
 
 
 class Sentences(nn.Module):
@@ -138,9 +137,7 @@ class Bench:
 
     def batched(self, texts: list[str]) -> list[dict[str, Tensor]]:
         """Batches of texts of like length."""
-        texts = sorted(texts, key=len)
-        parts = [texts[k : k + _BATCH] for k in range(0, len(texts), _BATCH)]
-        return [dict(self.tokenizer(part, padding=True, truncation=True, return_tensors="pt")) for part in parts]
+        return list(evaluate.batches_of(self.tokenizer, sorted(texts, key=len)))
 
     @cached_property
     def calibration(self) -> Calibration:

@@ -28,6 +28,7 @@ from .errors import (  # noqa: E402
 )
 from .explain import explain  # noqa: E402
 from .formats import BTT, CP, TT, Format, LowRank, Tucker  # noqa: E402
+from .gradual import RankSchedule  # noqa: E402
 from .heal import Healing, heal  # noqa: E402
 from .interop import from_tltorch, load_tltorch_state  # noqa: E402
 from .layers import (  # noqa: E402
@@ -47,11 +48,14 @@ from .layers import (  # noqa: E402
     freeze,
     unfreeze,
 )
+from .learning_rates import parameter_groups  # noqa: E402
 from .network import Mode, Network  # noqa: E402
+from .pictures import plot_errors, plot_frontier, plot_plan  # noqa: E402
 from .plan import ConversionPlan  # noqa: E402
 from .regularize import prune_ranks, rank_dropout, rank_penalty, truncate  # noqa: E402
 from .rules import EVBMF, Energy, RelativeError  # noqa: E402
 from .serialize import load_pretrained, save_pretrained  # noqa: E402
+from .tradeoffs import error_curves, frontier  # noqa: E402
 
 __all__ = [
     "BTT",
@@ -85,6 +89,7 @@ __all__ = [
     "Network",
     "NetworkError",
     "RankError",
+    "RankSchedule",
     "ReadOnlyWeightError",
     "RelativeError",
     "TensorContraction",
@@ -94,14 +99,20 @@ __all__ = [
     "Tucker",
     "collect",
     "convert_model",
+    "error_curves",
     "explain",
     "fastest_modes",
     "freeze",
     "from_tltorch",
+    "frontier",
     "heal",
     "load_pretrained",
     "load_tltorch_state",
+    "parameter_groups",
     "plan_conversion",
+    "plot_errors",
+    "plot_frontier",
+    "plot_plan",
     "prune_ranks",
     "rank_dropout",
     "rank_penalty",

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from tqdm import tqdm
 
-from . import __version__, demo, evaluate, hub, machine, table, tune
+from . import __version__, demo, evaluate, figures, hub, machine, pictures, table, tune
+from .budget import Budget
+from .calibrate import collect
 from .convert import convert_model, plan_conversion
 from .errors import TensorlayersError
 from .formats import Format, available, from_dict
@@ -76,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_choice(plan)
     plan.add_argument("--no-errors", action="store_true", help="do not decompose the weights to state their errors")
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan, to edit and give to convert --plan")
+    plan.add_argument("--plot", type=Path, metavar="FILE", help="draw the plan: .png, .svg or .pdf (needs matplotlib)")
     plan.set_defaults(run=_plan)
 
     convert = commands.add_parser("convert", help="convert and save", epilog=_FORMATS, formatter_class=raw)
@@ -128,6 +132,15 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
         "--params", type=float, metavar="F", help="fraction of each layer's parameters kept (default 0.5)"
     )
     size.add_argument("--rank", type=_ranks, metavar="R[,R...]", help="one rank for all bonds, or one a bond")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="fit the layers to this text, one sentence a line (UTF-8): a few hundred, of the kind that it is for",
+    )
+    parser.add_argument(
+        "--budget", action="store_true", help="--params is of all layers together, spent where the text needs it"
+    )
     parser.add_argument("--order", type=int, metavar="N", help="modes a side (2, 3, 4; not for lowrank)")
     parser.add_argument("--split", choices=["channel", "spatial"], help="how lowrank splits a convolution")
     parser.add_argument("--spatial", action="store_true", help="tucker: factorize a kernel's dimensions too")
@@ -152,7 +165,11 @@ def _ranks(text: str) -> int | tuple[int, ...]:
 
 def _choice(arguments: argparse.Namespace) -> dict[str, Any]:
     params = 0.5 if arguments.params is None else arguments.params
-    options = {"name": arguments.format or "lowrank", "rank": params if arguments.rank is None else arguments.rank}
+    budget = Budget(params=params) if arguments.budget else None
+    if budget and not arguments.text:
+        raise TensorlayersError("--budget: with --text FILE, by which it is spent")
+    rank = arguments.rank if arguments.rank is not None else 1.0 if budget else params
+    options = {"name": arguments.format or "lowrank", "rank": rank}
     if arguments.order is not None:
         options["order"] = arguments.order
     if arguments.split is not None:
@@ -165,18 +182,33 @@ def _choice(arguments: argparse.Namespace) -> dict[str, Any]:
         choice[f"re:{arguments.skip}"] = None
     choice[f"re:{arguments.layers}" if arguments.layers else "*"] = format
     share = {f"re:{arguments.share}": format} if arguments.share else None
-    return {"formats": choice, "share": share, "force": arguments.force, "fold": arguments.fold}
+    return {"formats": choice, "share": share, "force": arguments.force, "fold": arguments.fold, "budget": budget}
+
+
+def _data(arguments: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+    """What the layers are fitted to: nothing, or batches of text and what they say of the model."""
+    if not arguments.text:
+        return {}
+    texts = [line for line in _read_text(arguments.text).splitlines() if line.strip()]
+    batches = list(evaluate.batches_of(hub.load_tokenizer(arguments.model), sorted(texts, key=len)))
+    return {"calibration": collect(model, batches), "batches": batches}
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     choice = _choice(arguments)
+    if arguments.plot:
+        figures.suffix_of(arguments.plot)  # before the work, since it may fail
     machine.read_measured()  # what a forward only warns of
     model = hub.load_model(arguments.model)
-    plan = plan_conversion(model, **choice, errors=not arguments.no_errors)
+    calibration = _data(arguments, model).get("calibration")
+    plan = plan_conversion(model, **choice, calibration=calibration, errors=not arguments.no_errors)
     print(plan)
     _advise(plan)
     if arguments.json:
         arguments.json.write_text(plan.to_json(), encoding="utf-8")
+    if arguments.plot:
+        figures.save(pictures.plot_plan(plan), arguments.plot)
+        print(f"drawn to {arguments.plot}")
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -184,8 +216,9 @@ def _convert(arguments: argparse.Namespace) -> None:
     machine.read_measured()
     given = _given_plan(arguments) if arguments.plan else None
     model = hub.load_model(arguments.model)
-    plan = given or plan_conversion(model, **choice, errors=False)
-    converted = convert_model(model, plan)
+    data = _data(arguments, model)
+    plan = given or plan_conversion(model, **choice, calibration=data.get("calibration"), errors=False)
+    converted = convert_model(model, plan, **data)
     save_pretrained(converted, arguments.out, source=str(arguments.model))
     print(plan.with_errors(converted))
     _advise(plan)
@@ -193,7 +226,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _given_plan(arguments: argparse.Namespace) -> ConversionPlan:
-    decided = "format params rank order split spatial layers skip share fold force"
+    decided = "format params rank budget order split spatial layers skip share fold force"
     for option in decided.split():
         if getattr(arguments, option) not in (None, False):
             raise TensorlayersError(f"a plan is already decided: --plan goes without --{option}")

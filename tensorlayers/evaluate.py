@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,7 @@ def _quality(models: tuple[nn.Module, nn.Module], tokenizer: Any, texts: Sequenc
     pooled: tuple[list[Tensor], list[Tensor]] = ([], [])
     losses, tokens = [0.0, 0.0], 0
     hidden = False
-    for start in range(0, len(texts), _BATCH):
-        inputs = _tokens(tokenizer, texts[start : start + _BATCH])
+    for inputs in batches_of(tokenizer, texts):
         mask = inputs["attention_mask"].bool()
         outputs = []
         for model in models:
@@ -124,16 +123,21 @@ def _quality(models: tuple[nn.Module, nn.Module], tokenizer: Any, texts: Sequenc
     return Quality(len(texts), error, similarity=_rank_correlation(torch.cat(pooled[0]), torch.cat(pooled[1])))
 
 
-def _tokens(tokenizer: Any, texts: Sequence[str]) -> Any:
-    """Tokenize a batch; a tokenizer without a padding token pads with its last, and is left as it was."""
-    before = tokenizer.pad_token
-    try:
-        if before is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
-    finally:
-        if before is None:
-            tokenizer.pad_token = None
+def batches_of(tokenizer: Any, texts: Sequence[str], size: int = _BATCH) -> Iterator[dict[str, Tensor]]:
+    """Texts, tokenized and padded, so many at a time, as a model takes them.
+
+    A tokenizer without a padding token pads with its last, and is left as it was.
+    """
+    for start in range(0, len(texts), size):
+        before = tokenizer.pad_token
+        try:
+            if before is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            batch = tokenizer(list(texts[start : start + size]), padding=True, truncation=True, return_tensors="pt")
+        finally:
+            if before is None:
+                tokenizer.pad_token = None
+        yield dict(batch)
 
 
 def _output(model: nn.Module, inputs: Any) -> tuple[str, Tensor]:
@@ -160,7 +164,7 @@ def _loss(logits: Tensor, ids: Tensor, mask: Tensor) -> float:
 
 def _rank_correlation(first: Tensor, second: Tensor) -> float:
     """Spearman's correlation of the pairwise cosine similarities of two sets of embeddings, (sentences, features)."""
-    from scipy.stats import spearmanr  # in the transformers extra
+    from scipy.stats import spearmanr  # not at import: it takes long
 
     rows, columns = torch.triu_indices(len(first), len(first), 1)
     similarities = []

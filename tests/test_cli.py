@@ -1,6 +1,7 @@
 """The command line on a small Hugging Face directory."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,29 @@ def test_convert_inspect_eval(source, text, tmp_path, capsys):
     assert f"{dense:,} -> {converted:,}" in shown
     assert main(["eval", str(out), "--text", str(text)]) == 0
     assert "Spearman" in capsys.readouterr().out
+
+
+def test_layers_are_fitted_to_text_within_a_budget(source, text, tmp_path, capsys):
+    out, planned, drawn = tmp_path / "out", tmp_path / "plan.json", tmp_path / "plan.svg"
+    options = ["--text", str(text), "--budget", "--params", "0.4", "--layers", ".*encoder.*", "--force"]
+    assert main(["plan", str(source), *options, "--json", str(planned), "--plot", str(drawn)]) == 0
+    shown = capsys.readouterr().out
+    assert "of output" in shown
+    assert re.search(r"few data: \d\d positions for 64 inputs", shown)
+    layers = json.loads(planned.read_text())["layers"]
+    encoder = [layer for layer in layers if "encoder" in layer["name"]]
+    assert sum(layer["parameters"][1] for layer in encoder) <= 0.4 * sum(layer["parameters"][0] for layer in encoder)
+    assert drawn.read_text(encoding="utf-8").lstrip().startswith("<?xml")
+    assert main(["convert", str(source), "--plan", str(planned), "--text", str(text), "--out", str(out)]) == 0
+    assert "of output" in capsys.readouterr().out
+    errors = [m.output_error for m in load_pretrained(out).modules() if isinstance(m, FactorizedLinear)]
+    assert errors
+    assert all(0 <= error < 1 for error in errors)
+
+
+def test_a_budget_without_text_is_refused(source, capsys):
+    assert main(["plan", str(source), "--budget"]) == 1
+    assert capsys.readouterr().err == "tensorlayers plan: --budget: with --text FILE, by which it is spent\n"
 
 
 def test_eval_of_a_language_model_is_perplexity(gpt2, text, tmp_path, capsys):

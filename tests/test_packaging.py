@@ -18,7 +18,8 @@ PACKAGE = ROOT / "tensorlayers"
 ORDER = [
     {"__main__"},
     {"cli"},
-    {"demo"},
+    {"pictures"},
+    {"demo", "gradual", "tradeoffs"},
     {"evaluate", "convert", "heal", "texts"},
     {"decide"},
     {"advice"},
@@ -30,8 +31,8 @@ ORDER = [
     {"serialize", "scan", "interop"},
     {"plan"},
     {"entry"},
-    {"regularize", "explain"},
-    {"surgery", "hub", "table", "factors"},
+    {"regularize", "explain", "learning_rates"},
+    {"surgery", "hub", "table", "factors", "figures"},
     {"fold", "optimizer", "batches", "healing"},
     {"layers"},
     {"dispatch"},
@@ -56,7 +57,7 @@ ORDER = [
     {"als"},
     {"normal_equations"},
     {"decompose", "rank", "rounding", "tensorize"},
-    {"group"},
+    {"group", "bond_changes"},
     {"adjoint", "chain"},
     {"backend"},
     {"contraction", "precision"},
@@ -141,8 +142,8 @@ def test_declared_dependencies_are_those_imported():
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
                 found.add(node.module.split(".")[0])
-    third = found - set(sys.stdlib_module_names) - {"tensorlayers", "scipy"}
-    assert third == declared
+    third = found - set(sys.stdlib_module_names) - {"tensorlayers"}
+    assert third == declared | {"matplotlib"}  # an extra: what draws says so where it is missing
 
 
 def run(*command, cwd):
