@@ -49,6 +49,9 @@ _SHARES = (
 _SWEPT = 0.4, 2.0
 """Those of them that are swept, as multiples of the budget's: few layers get less or more."""
 
+_LEAST = 0.1
+"""Of the budget's share: a layer gets no less, unless it must; what so large a change does, no curvature tells."""
+
 _EVERY = 2
 """Each of so many of these; between them their errors are interpolated."""
 
@@ -155,23 +158,25 @@ def levels(
     content = (*weight.shape, float(weight.double().sum()), float(weight.double().norm()))
     made = [Level(budget.costs(entry)[0], 0.0, None)]
     for format in formats:
-        candidates: dict[tuple[int, ...], tuple[Format, float]] = {}
+        candidates: dict[tuple[int, ...], tuple[Format, float, float]] = {}
         for network in _networks(format, weight, axes, metric, budget.round_to):
             pinned = format.pin(network)
             converted = entry.with_format(pinned)
-            cost = budget.costs(converted)[1]
-            if cost < made[0].cost and converted.parameters[1] < converted.parameters[0] and allowed(converted):
-                candidates[network.ranks] = (pinned, cost)
+            cost, share = budget.costs(converted)[1], converted.parameters[1] / converted.parameters[0]
+            if cost < made[0].cost and share < 1 and allowed(converted):
+                candidates[network.ranks] = (pinned, cost, share)
+        near = {ranks: found for ranks, found in candidates.items() if found[2] >= _LEAST * budget.share}
+        candidates = near or candidates
         if not candidates:
             continue
         ranks = list(candidates)
         most = format.pin(format.largest(axes).with_ranks([max(column) for column in zip(*ranks, strict=True)]))
-        shares = [entry.with_format(pinned).parameters[1] / entry.parameters[0] for pinned, _ in candidates.values()]
+        shares = [share for _, _, share in candidates.values()]
         swept = [k for k, share in enumerate(shares) if _SWEPT[0] < share / budget.share < _SWEPT[1]][::_EVERY]
         key = (str(most), *ranks, *swept, content)
         if key not in moments.curves:
             moments.curves[key] = most.losses(weight, axes, metric, ranks, swept)
-        for (pinned, cost), error in zip(candidates.values(), moments.curves[key], strict=True):
+        for (pinned, cost, _), error in zip(candidates.values(), moments.curves[key], strict=True):
             made.append(Level(cost, moments.count * error, pinned))
     return made
 

@@ -188,14 +188,16 @@ def _economical(entries: Sequence[Entry], training: bool) -> list[Entry]:
 
 
 def _has_more_macs(entries: Sequence[Entry]) -> bool:
-    return sum(entry.macs[1] for entry in entries) > sum(entry.macs[0] for entry in entries)
+    """Lookups, of which dense has none, were named for their memory."""
+    dense, factorized = (sum(entry.macs[side] for entry in entries) for side in (0, 1))
+    return 0 < dense < factorized
 
 
 def _slower(entries: Sequence[Entry], training: bool) -> tuple[bool, str, str]:
     """Whether converting these layers makes them slower, by what that is judged, and by how much."""
     dense, factorized = (sum(entry.macs[side] for entry in entries) for side in (0, 1))
     if not dense:
-        return False, "MACs", ""  # lookups, which were named for their memory
+        return False, "MACs", ""
     cost, what = _predicted(entries, training)
     weights, macs = entries[0].parameters[0], f"{factorized / dense:.2f} x the MACs"
     if what:
