@@ -107,6 +107,11 @@ class Row:
         """As it stands in the file."""
         return f"{self.share:g} {self.format} {self.how}"
 
+    @property
+    def is_healed(self) -> bool:
+        """The best of each format and share."""
+        return self.how in ("budget", "distilled") or (self.format == "CP" and self.how == "uniform")
+
 
 ROWS = [
     *(Row(0.5, name, how) for name in ("LowRank", "Tucker", "BTT", "TT") for how in ("weights", "uniform", "budget")),
@@ -116,7 +121,6 @@ ROWS = [
     Row(0.1, "CP", "weights"),
     Row(0.1, "CP", "uniform"),
 ]
-HEALED = {"budget", "distilled"}
 
 
 class Bench:
@@ -163,7 +167,7 @@ class Bench:
             "parameters": matrices(model) / matrices(self.model),
             **self.quality(model),
         }
-        if row.how in HEALED:
+        if row.is_healed:
             healing = self.healed(model, row)
             found |= {f"healed_{name}": value for name, value in self.quality(model).items()}
             found |= {"healed_seconds": healing.seconds, "healed_steps": healing.steps}

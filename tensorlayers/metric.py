@@ -45,7 +45,7 @@ class Metric:
         the frequencies of the rows of a table. Positive semidefinite.
     outputs : Tensor, optional
         Shape (m, m), where m is the product of the axes of role out; or (groups, m, m). By default all outputs count
-        alike. Where a format splits an axis, the Kronecker product of its partial traces stands for it.
+        alike.
     """
 
     inputs: Tensor
@@ -61,8 +61,7 @@ class Metric:
         """
         found = [_form("inputs", self.inputs, ("in", "kernel"), axes, network)]
         if self.outputs is not None:
-            for part in _kronecker(_form("outputs", self.outputs, ("out",), axes, network)):
-                found.append(part if _carriers(network, part.modes) == 1 else _uncoupled(part))
+            found.append(_form("outputs", self.outputs, ("out",), axes, network))
         return found
 
 
@@ -118,11 +117,6 @@ def _partial_trace(factor: Factor, kept: str | None) -> Tensor:
             values = values.sum(names.index(mode))
             names.remove(mode)
     return values
-
-
-def _uncoupled(factor: Factor) -> Factor:
-    """The diagonal of a form of one mode, as weights."""
-    return Factor(factor.values.diagonal(dim1=-2, dim2=-1), (), (*factor.batch, *factor.modes))
 
 
 # -- decomposing ------------------------------------------------------------------------------------------------------

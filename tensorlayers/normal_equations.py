@@ -93,17 +93,23 @@ class Fit:
     def volume(self, indices: Iterable[str]) -> int:
         return math.prod(self.sizes[index] for index in indices)
 
-    def marginal(self, modes: Indices) -> tuple[Tensor, Tensor]:
-        """Eigenvalues and eigenvectors of the mean form of some coupled modes, the others traced; of trace 1."""
-        if modes not in self._marginals:
-            traced = {primed(name): name for name in self.coupled if name not in modes}
-            wanted = [factor for factor in self.metric if set(modes) & set(factor.modes)]
-            nodes = [_traced(factor.names, factor.values, traced) for factor in wanted]
-            names, tensors = zip(*nodes, strict=True)
-            form = self.contract(names, (*modes, *map(primed, modes)), tensors)
-            form = form.reshape(self.volume(modes), -1).double()
-            self._marginals[modes] = _eigen(form / form.trace().clamp_min(torch.finfo(form.dtype).tiny))
-        return self._marginals[modes]
+    def marginals(self, modes: Indices) -> dict[Indices, tuple[Tensor, Tensor]]:
+        """By those modes of some that one factor couples: the eigenvalues and eigenvectors of its mean form.
+
+        The factor's other modes are traced; of trace 1.
+        """
+        found = {}
+        for factor in self.metric:
+            held = tuple(name for name in modes if name in factor.modes)
+            if held and held not in self._marginals:
+                traced = {primed(name): name for name in factor.modes if name not in held}
+                names, values = _traced(factor.names, factor.values, traced)
+                form = self.contract((names,), (*held, *map(primed, held)), (values,))
+                form = form.reshape(self.volume(held), -1).double()
+                self._marginals[held] = _eigen(form / form.trace().clamp_min(torch.finfo(form.dtype).tiny))
+            if held:
+                found[held] = self._marginals[held]
+        return found
 
 
 def _renamed(names: Sequence[str], new: Mapping[str, str]) -> Indices:
@@ -299,9 +305,9 @@ class Core:
             traced = {primed(index): index for index in modes}
             pairs.append(_eigen(self._matrix(block, bonds, traced)))
             groups.append(bonds)
-            if modes:
-                pairs.append(self.fit.marginal(modes))
-                groups.append(modes)
+            for held, pair in self.fit.marginals(modes).items():
+                pairs.append(pair)
+                groups.append(held)
         return pairs, groups
 
     def _by_gradients(self, residual: Tensor, shift: Tensor) -> Tensor:
