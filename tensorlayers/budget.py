@@ -65,9 +65,10 @@ class Budget:
     Parameters
     ----------
     params, macs : float, optional
-        Of the weights that may be converted, or of their multiply-accumulates a row.
+        Of the weights that may be converted, or of their multiply-accumulates: a layer's count as often as the
+        calibration ran it, by positions, a convolution of a large image more than one of a small.
     latency : float, optional
-        Of the predicted time of a forward of these layers.
+        Of the predicted time of a forward of these layers, weighed likewise.
     memory : float, optional
         Of the weights, gradients and two optimizer states that training holds for them; activations are the dense
         layers'.
@@ -96,12 +97,13 @@ class Budget:
         """The fraction."""
         return float(next(found for kind in KINDS if (found := getattr(self, kind)) is not None))
 
-    def costs(self, entry: Entry) -> tuple[float, float]:
-        """What a layer takes, dense and as the entry has it."""
+    def costs(self, entry: Entry, positions: float) -> tuple[float, float]:
+        """What a layer takes, dense and as the entry has it, at so many positions."""
         if self.macs is not None:
-            return float(entry.macs[0] * entry.rows), float(entry.macs[1] * entry.rows)
+            return float(entry.macs[0] * positions), float(entry.macs[1] * positions)
         if self.latency is not None:
-            return entry.seconds(training=False) or (0.0, 0.0)
+            before, after = entry.seconds(training=False) or (0.0, 0.0)
+            return before * positions / entry.rows, after * positions / entry.rows
         return float(entry.parameters[0]), float(entry.parameters[1])
 
 
@@ -156,13 +158,13 @@ def levels(
     weight, axes, metric = problem(layer_type(entry.layer), [found.dense], [moments])
     assert metric is not None
     content = (*weight.shape, float(weight.double().sum()), float(weight.double().norm()))
-    made = [Level(budget.costs(entry)[0], 0.0, None)]
+    made = [Level(budget.costs(entry, moments.count)[0], 0.0, None)]
     for format in formats:
         candidates: dict[tuple[int, ...], tuple[Format, float, float]] = {}
         for network in _networks(format, weight, axes, metric, budget.round_to):
             pinned = format.pin(network)
             converted = entry.with_format(pinned)
-            cost, share = budget.costs(converted)[1], converted.parameters[1] / converted.parameters[0]
+            cost, share = budget.costs(converted, moments.count)[1], converted.parameters[1] / converted.parameters[0]
             if cost < made[0].cost and share < 1 and allowed(converted):
                 candidates[network.ranks] = (pinned, cost, share)
         near = {ranks: found for ranks, found in candidates.items() if found[2] >= _LEAST * budget.share}

@@ -147,8 +147,8 @@ def _allocated(
             continue
         # What never ran cannot be compared: it gets its share.
         even = _alone(layer, key, replace(formats[0], rank=budget.share), force, work, moments)
-        choices[name] = [Level(budget.costs(even)[1], 0.0, even.format)]
-    total = sum(budget.costs(entry)[0] for entry in entries.values())
+        choices[name] = [Level(budget.costs(even, 0)[1], 0.0, even.format)]
+    total = sum(budget.costs(entry, moments[name].count if name in moments else 0)[0] for name, entry in entries.items())
     for (name, entry), level in zip(entries.items(), allocate(list(choices.values()), budget.share * total)):
         if level.format is None:
             entries[name] = entry.dense("the budget is better spent here than on other layers")

@@ -88,7 +88,7 @@ def test_effects_are_those_of_the_models_output():
         levels(entry, found, [LowRank(0.5)], calibration[entry.name], budget)
         for entry, found in zip(entries, scan(model), strict=True)
     ]
-    seen, faint = allocate(made, budget.share * sum(budget.costs(entry)[0] for entry in entries))
+    seen, faint = allocate(made, budget.share * sum(budget.costs(entry, 400)[0] for entry in entries))
     assert seen.cost > 2 * faint.cost
 
 

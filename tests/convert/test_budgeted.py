@@ -60,9 +60,24 @@ def test_what_a_budget_is_of(kind):
     calibration = collect(model, [narrow(400, 300)])
     budget = Budget(**{kind: 0.6})
     plan = plan_conversion(model, LowRank(1.0), budget=budget, calibration=calibration, errors=False)
-    spent, whole = (sum(budget.costs(entry)[side] for entry in plan) for side in (1, 0))
+    spent, whole = (sum(budget.costs(entry, 400)[side] for entry in plan) for side in (1, 0))
     assert plan.converted
     assert 0.4 * whole < spent <= 0.6 * whole
+
+
+def test_macs_are_weighed_by_positions():
+    """Two convolutions of one shape, of which one sees sixteen times the positions: there MACs are saved."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.AvgPool2d(4), nn.Conv2d(8, 8, 3, padding=1))
+    calibration = collect(model, [torch.randn(20, 8, 16, 16)])
+    positions = {"0": 20 * 16 * 16, "2": 20 * 4 * 4}
+    assert {name: one.count for name, one in calibration.items()} == positions
+    budget = Budget(macs=0.5)
+    options = {"calibration": calibration, "force": True, "errors": False}
+    plan = plan_conversion(model, Tucker(1.0), budget=budget, **options)
+    spent, whole = (sum(entry.macs[side] * positions[entry.name] for entry in plan) for side in (1, 0))
+    assert 0.3 * whole < spent <= 0.5 * whole
+    assert plan["0"].macs[1] < 0.6 * plan["2"].macs[1]
 
 
 def test_formats_from_a_list():
