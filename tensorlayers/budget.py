@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -68,12 +69,15 @@ class Budget:
         Of the weights that may be converted, or of their multiply-accumulates: a layer's count as often as the
         calibration ran it, by positions, a convolution of a large image more than one of a small.
     latency : float, optional
-        Of the predicted time of a forward of these layers, weighed likewise.
+        Of the time of a forward of these layers: predicted, and weighed likewise; or with `timed` measured.
     memory : float, optional
         Of the weights, gradients and two optimizer states that training holds for them; activations are the dense
         layers'.
     round_to : int
         Ranks are multiples of this, where they are not below it: 8 or 16 suit GPUs.
+    timed : optional
+        A batch, as of `collect`: the latency is then that of the layers on what they take of it, on their device, each
+        shape and rank timed dense and factorized in turn.
     """
 
     params: float | None = None
@@ -81,6 +85,7 @@ class Budget:
     latency: float | None = None
     memory: float | None = None
     round_to: int = 1
+    timed: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
@@ -91,6 +96,8 @@ class Budget:
             raise ConversionError(f"Budget: {given[0]} is a fraction above 0 and at most 1; got {share!r}")
         if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
             raise ConversionError(f"Budget: round_to is an integer of at least 1; got {self.round_to!r}")
+        if self.timed is not None and self.latency is None:
+            raise ConversionError(f"Budget: timed is for latency; got {given[0]}")
 
     @property
     def share(self) -> float:
@@ -130,6 +137,7 @@ def levels(
     formats: Sequence[Format],
     moments: Moments,
     budget: Budget,
+    costs: Callable[[Entry], tuple[float, float]],
     allowed: Callable[[Entry], bool] = lambda entry: True,
 ) -> list[Level]:
     """The ways to have a layer, the dense one first; each takes less than that.
@@ -145,6 +153,8 @@ def levels(
         A rank bounds those that are tried; a fraction of 1 bounds none.
     moments : Moments
     budget : Budget
+    costs : callable
+        What a layer takes of the budget, dense and as an entry has it.
     allowed : callable
         Whether the layer may be so converted.
 
@@ -158,13 +168,13 @@ def levels(
     weight, axes, metric = problem(layer_type(entry.layer), [found.dense], [moments])
     assert metric is not None
     content = (*weight.shape, float(weight.double().sum()), float(weight.double().norm()))
-    made = [Level(budget.costs(entry, moments.count)[0], 0.0, None)]
+    made = [Level(costs(entry)[0], 0.0, None)]
     for format in formats:
         candidates: dict[tuple[int, ...], tuple[Format, float, float]] = {}
         for network in _networks(format, weight, axes, metric, budget.round_to):
             pinned = format.pin(network)
             converted = entry.with_format(pinned)
-            cost, share = budget.costs(converted, moments.count)[1], converted.parameters[1] / converted.parameters[0]
+            cost, share = costs(converted)[1], converted.parameters[1] / converted.parameters[0]
             if cost < made[0].cost and share < 1 and allowed(converted):
                 candidates[network.ranks] = (pinned, cost, share)
         near = {ranks: found for ranks, found in candidates.items() if found[2] >= _LEAST * budget.share}

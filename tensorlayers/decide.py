@@ -14,6 +14,7 @@ from .entry import ROWS, TINY, Entry, Work
 from .errors import ConversionError, RankError, TensorlayersError
 from .formats import Format
 from .keys import Choice, Formats, Group, Shares, choose, groups
+from .layer_times import LayerTimes
 from .layers import layer_type
 from .layers.data import problem
 from .moments import Moments
@@ -60,7 +61,7 @@ def decide(
         for name, (layer, key, some) in open_.items():
             entries[name] = _alone(layer, key, some[0], force, work, moments)
     else:
-        entries.update(_allocated(open_, budget, force, work, moments))
+        entries.update(_allocated(open_, model, budget, force, work, moments))
     return [entries[layer.name] for layer in found]
 
 
@@ -126,6 +127,7 @@ def _data_notes(known: Sequence[Moments] | None) -> Iterator[str]:
 
 def _allocated(
     layers: Mapping[str, tuple[Found, str | None, Formats]],
+    model: nn.Module,
     budget: Budget,
     force: bool,
     work: Work,
@@ -135,6 +137,15 @@ def _allocated(
     if moments is None:
         raise ConversionError("budget: calibration=collect(model, batches), by which it is spent; got none")
     entries = {name: entry_for(layer, work) for name, (layer, _, _) in layers.items()}
+    times = None
+    if budget.timed is not None:
+        times = LayerTimes(model, [layer for layer, _, _ in layers.values()], budget.timed)
+
+    def costs(entry: Entry) -> tuple[float, float]:
+        if times is not None:
+            return times.seconds(layers[entry.name][0], entry.format)
+        return budget.costs(entry, moments[entry.name].count if entry.name in moments else 0)
+
     choices: dict[str, list[Level]] = {}
     for name, (layer, key, formats) in layers.items():
         trained = _is_trained(layer)
@@ -143,12 +154,12 @@ def _allocated(
             return force or not _slower([entry], trained)[0]
 
         if name in moments:
-            choices[name] = levels(entries[name], layer, formats, moments[name], budget, allowed)
+            choices[name] = levels(entries[name], layer, formats, moments[name], budget, costs, allowed)
             continue
         # What never ran cannot be compared: it gets its share.
         even = _alone(layer, key, replace(formats[0], rank=budget.share), force, work, moments)
-        choices[name] = [Level(budget.costs(even, 0)[1], 0.0, even.format)]
-    total = sum(budget.costs(entry, moments[name].count if name in moments else 0)[0] for name, entry in entries.items())
+        choices[name] = [Level(costs(even)[1], 0.0, even.format)]
+    total = sum(costs(entry)[0] for entry in entries.values())
     for (name, entry), level in zip(entries.items(), allocate(list(choices.values()), budget.share * total)):
         if level.format is None:
             entries[name] = entry.dense("the budget is better spent here than on other layers")

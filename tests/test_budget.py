@@ -22,6 +22,12 @@ numbers = st.integers(1, 20)
 choices = st.lists(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=4), min_size=1, max_size=4)
 
 
+def budget_of(**options):
+    """A budget, and what layers take of it at 400 positions."""
+    budget = Budget(**options)
+    return budget, lambda entry: budget.costs(entry, 400)
+
+
 def levels_of(pairs):
     return [Level(float(cost), float(effect), None) for cost, effect in pairs]
 
@@ -64,7 +70,7 @@ def test_levels_fall_as_they_cost_more(cls, round_to):
     calibration = collect(model, [torch.randn(400, 36) * torch.logspace(0, -2, 36)])
     (found, _) = scan(model)
     entry = entry_for(found, Work())
-    made = levels(entry, found, [cls(0.5)], calibration["0"], Budget(params=0.5, round_to=round_to))
+    made = levels(entry, found, [cls(0.5)], calibration["0"], *budget_of(params=0.5, round_to=round_to))
     assert (made[0].cost, made[0].effect, made[0].format) == (36 * 48, 0.0, None)
     assert len(made) > 2
     for level in made[1:]:
@@ -85,7 +91,7 @@ def test_effects_are_those_of_the_models_output():
     budget, work = Budget(params=0.6), Work()
     entries = [entry_for(found, work) for found in scan(model)]
     made = [
-        levels(entry, found, [LowRank(0.5)], calibration[entry.name], budget)
+        levels(entry, found, [LowRank(0.5)], calibration[entry.name], *budget_of(params=0.6))
         for entry, found in zip(entries, scan(model), strict=True)
     ]
     seen, faint = allocate(made, budget.share * sum(budget.costs(entry, 400)[0] for entry in entries))
@@ -101,6 +107,7 @@ def test_effects_are_those_of_the_models_output():
         ({"macs": 1.5}, "macs is a fraction"),
         ({"latency": True}, "latency is a fraction"),
         ({"memory": "half"}, "memory is a fraction"),
+        ({"params": 0.5, "timed": 1}, "timed is for latency; got params"),
         ({"params": 0.5, "round_to": 0}, "round_to is an integer of at least 1; got 0"),
     ],
 )
@@ -114,4 +121,4 @@ def test_gradients_are_needed():
     (found,) = scan(model)
     moments = collect(model, [torch.randn(40, 36)], gradients=0)["0"]
     with pytest.raises(ConversionError, match="layer '0': gradients of the output; collect them"):
-        levels(entry_for(found, Work()), found, [LowRank(0.5)], moments, Budget(params=0.5))
+        levels(entry_for(found, Work()), found, [LowRank(0.5)], moments, *budget_of(params=0.5))

@@ -25,7 +25,7 @@ ORDER = [
     {"advice"},
     {"keys"},
     {"sequential"},
-    {"calibrate", "distillation"},
+    {"calibrate", "distillation", "layer_times"},
     {"watch"},
     {"budget"},
     {"serialize", "scan", "interop"},

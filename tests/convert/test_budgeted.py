@@ -18,6 +18,7 @@ from tensorlayers import (
     Tucker,
     collect,
     convert_model,
+    layer_times,
     plan_conversion,
 )
 from tensorlayers.budget import KINDS
@@ -78,6 +79,51 @@ def test_macs_are_weighed_by_positions():
     spent, whole = (sum(entry.macs[side] * positions[entry.name] for entry in plan) for side in (1, 0))
     assert 0.3 * whole < spent <= 0.5 * whole
     assert plan["0"].macs[1] < 0.6 * plan["2"].macs[1]
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """What was timed; a module takes as long as it has parameters."""
+    seen = []
+
+    def fastest(cases, clock, repeats):
+        for case in cases.values():
+            case()
+        seen.append([str(case.args[0]) for case in cases.values()])
+        return {key: 1e-6 * sum(p.numel() for p in case.args[0].parameters()) for key, case in cases.items()}
+
+    monkeypatch.setattr(layer_times, "fastest", fastest)
+    return seen
+
+
+def test_a_latency_is_measured_on_a_batch(timed):
+    """Each shape once a rank, and what the clock says decides."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 48), nn.Linear(48, 48)).train()
+    calibration = collect(model, [torch.randn(300, 48)])
+    before = Snapshot(model)
+    budget = Budget(latency=0.6, timed=torch.randn(7, 48))
+    plan = plan_conversion(model, LowRank(1.0), budget=budget, calibration=calibration, force=True, errors=False)
+    assert before == Snapshot(model)
+    assert len(timed) == len({cases[-1] for cases in timed})
+    spent = sum(entry.parameters[1] + 48 for entry in plan)
+    assert 0.45 < spent / (3 * 49 * 48) <= 0.6
+
+
+def test_what_did_not_run_in_the_timed_batch_takes_no_time(timed):
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ran, self.idle = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.ran(input=x) if x.shape[1] == 5 else self.idle(self.ran(x))
+
+    model = Either()
+    calibration = collect(model, [torch.randn(40, 9, 64)])
+    budget = Budget(latency=0.5, timed=torch.randn(3, 5, 64))
+    plan = plan_conversion(model, LowRank(1.0), budget=budget, calibration=calibration, force=True, errors=False)
+    assert [entry.converted for entry in plan] == [True, False]
 
 
 def test_formats_from_a_list():
