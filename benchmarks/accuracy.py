@@ -109,8 +109,9 @@ class Row:
 
     @property
     def is_healed(self) -> bool:
-        """The best of each format and share."""
-        return self.how in ("budget", "distilled") or (self.format == "CP" and self.how == "uniform")
+        """The best of each format, at half of the parameters and below."""
+        best = "uniform" if self.format == "CP" else "budget"
+        return self.share <= 0.5 and self.how in (best, "distilled")
 
 
 ROWS = [

