@@ -19,6 +19,8 @@ _ITERATIONS = 20
 _RESIDUAL = 1e-3
 _LARGEST = 2**27
 """Elements of a normal matrix at most."""
+_JOINT = 768
+"""Values of bonds whose mean form is decomposed as one matrix, at most."""
 
 Indices = tuple[str, ...]
 
@@ -106,7 +108,7 @@ class Fit:
                 names, values = _traced(factor.names, factor.values, traced)
                 form = self.contract((names,), (*held, *map(primed, held)), (values,))
                 form = form.reshape(self.volume(held), -1).double()
-                self._marginals[held] = _eigen(form / form.trace().clamp_min(torch.finfo(form.dtype).tiny))
+                self._marginals[held] = _eigen(form / _trace(form))
             if held:
                 found[held] = self._marginals[held]
         return found
@@ -124,6 +126,11 @@ def _traced(names: Indices, tensor: Tensor, new: Mapping[str, str]) -> tuple[Ind
         tensor = tensor.diagonal(dim1=first, dim2=second)
         names = (*(other for other in names if other != index), index)
     return names, tensor
+
+
+def _trace(form: Tensor) -> Tensor:
+    """Of each matrix, above zero; as a matrix of one entry."""
+    return form.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(torch.finfo(form.dtype).tiny)
 
 
 def _eigen(form: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,14 +304,19 @@ class Core:
 
     @cached_property
     def _preconditioner(self) -> tuple[list[tuple[Tensor, Tensor]], list[Indices]]:
-        """Each block as the Kronecker product of the mean over its modes and the mean over its bonds."""
+        """Each block as the Kronecker product of the mean over its modes and the mean over its bonds.
+
+        Of many bonds' values likewise of the mean over all bonds but one, for each of them.
+        """
         pairs, groups = [], []
         for block in self.blocks:
             modes = tuple(index for index in block.unknown if index in self.fit.coupled)
             bonds = tuple(index for index in block.unknown if index not in modes)
-            traced = {primed(index): index for index in modes}
-            pairs.append(_eigen(self._matrix(block, bonds, traced)))
-            groups.append(bonds)
+            for k, part in enumerate([bonds] if self.fit.volume(bonds) <= _JOINT else [(bond,) for bond in bonds]):
+                traced = {primed(index): index for index in block.unknown if index not in part}
+                form = self._matrix(block, part, traced)
+                pairs.append(_eigen(form / _trace(form) if k else form))
+                groups.append(part)
             for held, pair in self.fit.marginals(modes).items():
                 pairs.append(pair)
                 groups.append(held)
