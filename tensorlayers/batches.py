@@ -52,6 +52,12 @@ def attention_mask(batch: Any) -> Tensor | None:
     return found.bool() if isinstance(found, Tensor) and found.dim() == 2 else None
 
 
+def check_finite(what: str, name: str, of: str, rows: Tensor) -> None:
+    """Raise `ConversionError` where what was seen at a layer is not finite."""
+    if rows.is_floating_point() and not bool(torch.isfinite(rows).all()):
+        raise ConversionError(f"{what}: layer {name!r}: every {of} is finite; some are NaN or infinite")
+
+
 def unmasked(rows: Tensor, mask: Tensor | None, trailing: int) -> Tensor:
     """Of (*positions, ...), where `trailing` dimensions follow the positions, those that count, (n, ...).
 
@@ -63,11 +69,17 @@ def unmasked(rows: Tensor, mask: Tensor | None, trailing: int) -> Tensor:
     return rows.reshape(-1, *rows.shape[rows.dim() - trailing :])
 
 
+def entry_of(result: Any, name: str) -> Tensor | None:
+    """A tensor of a model's output by its name, of a mapping or an attribute; None where it has none."""
+    found = result.get(name) if isinstance(result, Mapping) else getattr(result, name, None)
+    return found if isinstance(found, Tensor) else None
+
+
 def named_output(result: Any) -> tuple[str, Tensor] | None:
     """The output that a Hugging Face model is judged by, with its name: logits, or the last hidden state."""
     for name in ("logits", "last_hidden_state"):
-        found = getattr(result, name, None)
-        if isinstance(found, Tensor):
+        found = entry_of(result, name)
+        if found is not None:
             return name, found
     return None
 
@@ -114,11 +126,11 @@ def probes(result: Any, mask: Tensor | None, output: Callable[[Any], Tensor] | N
     Of logits the likelihood of labels that are drawn from them (the Fisher information); of any other output, or what
     `output` makes of it, the sum with random signs.
     """
-    logits = getattr(result, "logits", None) if output is None else None
+    logits = entry_of(result, "logits") if output is None else None
     found = output(result) if output is not None else output_of(result)
     rows = unmasked(found, mask, 1) if found.dim() > 1 else found
     while True:
-        if isinstance(logits, Tensor) and rows.dim() == 2 and rows.shape[1] > 1:
+        if logits is not None and rows.dim() == 2 and rows.shape[1] > 1:
             labels = torch.multinomial(rows.detach().float().softmax(1), 1).squeeze(1)
             yield torch.nn.functional.cross_entropy(rows.float(), labels, reduction="sum")
         else:

@@ -71,8 +71,8 @@ class Budget:
     latency : float, optional
         Of the time of a forward of these layers: predicted, and weighed likewise; or with `timed` measured.
     memory : float, optional
-        Of the weights, gradients and two optimizer states that training holds for them; activations are the dense
-        layers'.
+        Of the weights, and of those that are trained the gradients and two optimizer states; activations that are
+        saved for backward are the dense layers'.
     round_to : int
         Ranks are multiples of this, where they are not below it: 8 or 16 suit GPUs.
     timed : optional
@@ -104,14 +104,19 @@ class Budget:
         """The fraction."""
         return float(next(found for kind in KINDS if (found := getattr(self, kind)) is not None))
 
-    def costs(self, entry: Entry, positions: float) -> tuple[float, float]:
-        """What a layer takes, dense and as the entry has it, at so many positions."""
+    def costs(self, entry: Entry, positions: float, trained: bool = True) -> tuple[float, float]:
+        """What a layer takes, dense and as the entry has it, at so many positions of its output."""
+        pair: tuple[float, float] = entry.parameters
+        scale = 1.0
+        if self.macs is not None or self.latency is not None:
+            scale = positions / layer_type(entry.layer).positions_a_row(entry.settings)
         if self.macs is not None:
-            return float(entry.macs[0] * positions), float(entry.macs[1] * positions)
-        if self.latency is not None:
-            before, after = entry.seconds(training=False) or (0.0, 0.0)
-            return before * positions / entry.rows, after * positions / entry.rows
-        return float(entry.parameters[0]), float(entry.parameters[1])
+            pair = entry.macs
+        elif self.latency is not None:
+            pair, scale = entry.seconds(training=False) or (0.0, 0.0), scale / entry.rows
+        elif self.memory is not None and trained:
+            scale = 4.0  # gradients and two moments
+        return scale * pair[0], scale * pair[1]
 
 
 @dataclass(frozen=True)
@@ -189,7 +194,7 @@ def levels(
         if key not in moments.curves:
             moments.curves[key] = most.losses(weight, axes, metric, ranks, swept)
         for (pinned, cost, _), error in zip(candidates.values(), moments.curves[key], strict=True):
-            made.append(Level(cost, moments.count * error, pinned))
+            made.append(Level(cost, moments.count * error * moments.reaches_output, pinned))
     return made
 
 

@@ -14,14 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import Mask, attention_mask, call, checked, evaluating, probes
+from .batches import Mask, attention_mask, call, check_finite, checked, evaluating, probes
 from .errors import CheckpointError, ConversionError
 from .files import replaced
 from .moments import Moments
 from .scan import Found, scan
-from .watch import rows_of_gradient, rows_of_input, runnable, size, watching
+from .watch import in_parts, rows_of_gradient, rows_of_input, runnable, size, watching
 
 MAX_BYTES = 2**33
+PART_BYTES = 2**28
+"""Of the windows of a convolution's input."""
 _VERSION = 1
 _SUMS = ("total", "inputs", "outputs")
 
@@ -100,6 +102,8 @@ def collect(
     output: Callable[[Any], Tensor] | None = None,
     mask: Mask = attention_mask,
     max_bytes: int = MAX_BYTES,
+    fold: bool = False,
+    seed: int = 0,
     progress: bool | None = None,
 ) -> Calibration:
     """Run a model over data and gather the second moments that its layers are fitted by.
@@ -125,7 +129,12 @@ def collect(
         (batch) -> (batch, positions) or None: the positions that count. By default its ``attention_mask``.
     max_bytes : int
         What the moments may take at a time, 8 bytes an entry, (n_in^2 + n_out^2) entries a layer; of a convolution n_in
-        is its channels a group times its kernel. Where they take more, the batches are gone over several times.
+        is its channels a group times its kernel. Where they take more, the batches are gone over several times. Beside
+        them a batch takes what a training step takes; of a convolution at most `PART_BYTES` of its windows at a time.
+    fold : bool
+        As of `plan_conversion`: also of layers whose weight is computed from other tensors.
+    seed : int
+        Of the random changes; torch's own generators are left as they were.
     progress : bool, optional
         A progress bar; by default where the output is a terminal.
 
@@ -137,13 +146,19 @@ def collect(
     Raises
     ------
     ConversionError
-        If there are no batches or no layers; if activations or gradients are NaN or infinite; if the batches cannot be
-        gone over again where `max_bytes` demands it. What the model itself raises is passed on.
+        If there are no batches or no layers; if activations, gradients or their squares are NaN or infinite; if the
+        batches cannot be gone over again where `max_bytes` demands it; if an argument is out of its range. What the
+        model itself raises is passed on.
     """
     if not isinstance(model, nn.Module):
         raise ConversionError(f"collect: a model; got {type(model).__name__}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ConversionError("collect: a model with values; this one is on the meta device")
+    for name, value, least in (("gradients", gradients, 0), ("max_bytes", max_bytes, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConversionError(f"collect: {name}: an integer of at least {least}; got {value!r}")
     checked(batches, "collect")
-    found = [one for one in scan(model) if not one.obstacle and (where is None or where(one.name, one.module))]
+    found = [one for one in scan(model, fold) if not one.obstacle and (where is None or where(one.name, one.module))]
     if not found:
         raise ConversionError("collect: a model with layers that can be converted; got none")
     layers = {one.name: one for one in found}
@@ -155,7 +170,9 @@ def collect(
             "batches that can be gone over again, such as a list; got an iterator"
         )
     held: dict[str, Moments] = {}
-    with evaluating(runs):
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with evaluating(runs), torch.random.fork_rng(sorted(devices, key=str)):
+        torch.manual_seed(seed)
         for number, part in enumerate(parts, 1):
             what = f"calibrating {number}/{len(parts)}" if len(parts) > 1 else "calibrating"
             ran = False
@@ -165,6 +182,15 @@ def collect(
                 _run(runs, part, held, batch, mask(batch), gradients, output)
             if not ran:
                 raise ConversionError("collect: at least one batch; got none")
+    for name, moments in held.items():
+        check_finite("collect", name, "second moment", moments.inputs)
+        if gradients and moments.outputs is None:  # the model's output does not depend on it
+            groups, outs = size(layers[name], "group"), size(layers[name], "out")
+            lead = moments.inputs.shape[:-2] if moments.inputs.dim() == 3 else ()
+            assert not lead or lead == (groups,)
+            moments.outputs = moments.inputs.new_zeros(*lead, outs, outs)
+        if moments.outputs is not None:
+            check_finite("collect", name, "second moment of gradients", moments.outputs)
     return Calibration({name: held[name] for name in layers if name in held}, [n for n in layers if n not in held])
 
 
@@ -199,10 +225,11 @@ def _run(
     outputs: list[tuple[str, Tensor]] = []
 
     def seen(name: str, x: Tensor, result: Any) -> Tensor | None:
-        rows = rows_of_input(part[name], x, mask)
-        _check_finite(name, "activation", rows)
-        if len(rows):
-            Moments.of(rows, size(part[name], "in")).add_to(held, name)
+        for some, its_mask in in_parts(part[name], x, mask, PART_BYTES):
+            rows = rows_of_input(part[name], some, its_mask)
+            check_finite("collect", name, "activation", rows)
+            if len(rows):
+                Moments.of(rows, size(part[name], "in")).add_to(held, name)
         if not gradients or not isinstance(result, Tensor) or not result.is_floating_point():
             return None
         kept = result if result.requires_grad else result.detach().requires_grad_()
@@ -222,10 +249,5 @@ def _run(
             if slope is None or name not in held:
                 continue
             rows = rows_of_gradient(part[name], slope, mask)
-            _check_finite(name, "gradient", rows)
+            check_finite("collect", name, "gradient", rows)
             held[name].add_outputs(rows, 1 / gradients)
-
-
-def _check_finite(name: str, what: str, rows: Tensor) -> None:
-    if rows.is_floating_point() and not bool(torch.isfinite(rows).all()):
-        raise ConversionError(f"collect: layer {name!r}: every {what} is finite; some are NaN or infinite")

@@ -21,6 +21,8 @@ from .moments import Moments
 from .rank import RankRule
 from .scan import Found
 
+_FREE = "it takes nothing of the budget, as far as is known"
+
 
 def entry_for(layer: Found, work: Work) -> Entry:
     """The entry of a layer before anything is decided."""
@@ -120,7 +122,9 @@ def _with_data(entry: Entry, layers: Sequence[Found], format: Format, moments: M
 
 def _data_notes(known: Sequence[Moments] | None) -> Iterator[str]:
     if known is None:
-        yield "no data: it never ran while they were gathered, and is fitted to its weight"
+        yield "no data: it never ran while they were gathered, or was left out, and is fitted to its weight"
+    elif not all(one.reaches_output for one in known):
+        yield "the model's output, as it was judged, does not depend on it"
     elif (count := sum(one.count for one in known)) < (wanted := known[0].inputs.shape[-1]) and not known[0].is_lookup:
         yield f"few data: {count:,.0f} positions for {wanted:,} inputs; other directions count for a hundredth"
 
@@ -144,7 +148,8 @@ def _allocated(
     def costs(entry: Entry) -> tuple[float, float]:
         if times is not None:
             return times.seconds(layers[entry.name][0], entry.format)
-        return budget.costs(entry, moments[entry.name].count if entry.name in moments else 0)
+        count = moments[entry.name].count if entry.name in moments else 0
+        return budget.costs(entry, count, _is_trained(layers[entry.name][0]))
 
     choices: dict[str, list[Level]] = {}
     for name, (layer, key, formats) in layers.items():
@@ -160,9 +165,14 @@ def _allocated(
         even = _alone(layer, key, replace(formats[0], rank=budget.share), force, work, moments)
         choices[name] = [Level(costs(even)[1], 0.0, even.format)]
     total = sum(costs(entry)[0] for entry in entries.values())
+    if budget.latency is not None and entries and not total:
+        raise ConversionError(
+            "budget: latency of layers whose time can be predicted, or timed=batch; got none of these"
+        )
     for (name, entry), level in zip(entries.items(), allocate(list(choices.values()), budget.share * total)):
         if level.format is None:
-            entries[name] = entry.dense("the budget is better spent here than on other layers")
+            free = name in moments and not costs(entry)[0]
+            entries[name] = entry.dense(_FREE if free else "the budget is better spent here than on other layers")
         else:
             entries[name] = _with_data(entry, [layers[name][0]], level.format, moments)
     return entries

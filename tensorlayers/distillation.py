@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .batches import Mask, attention_mask, call, named_output, output_of, unmasked
+from .batches import Mask, attention_mask, call, entry_of, named_output, output_of, unmasked
 from .errors import ConversionError
 from .layers import FactorizedLayer
 from .precision import at_least_single
 from .scan import scan
-from .watch import runnable
+from .watch import rows_of_gradient, runnable
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """What the model gives and what it should, of one shape -> the loss."""
@@ -125,8 +125,8 @@ class Distillation:
         if len(pairs) > 1:
             loss = loss + self.objective.hidden * torch.stack([squared_error(*pair) for pair in pairs[1:]]).mean()
         if self.objective.labels:
-            own = getattr(result, "loss", None)
-            if not isinstance(own, Tensor):
+            own = entry_of(result, "loss")
+            if own is None:
                 raise ConversionError("heal: labels count where the model gives a loss for its batches; it gives none")
             loss = loss + self.objective.labels * own
         return loss
@@ -192,7 +192,8 @@ class LayerRegression:
         self.layers = {name: layer for name, layer in layers.items() if name in known}
         if not self.layers:
             raise ConversionError("layerwise: factorized layers with the names of the teacher's; got none")
-        self.teacher = runnable(teacher, [known[name] for name in self.layers])
+        self.found = {name: known[name] for name in self.layers}
+        self.teacher = runnable(teacher, self.found.values())
 
     def __call__(self, k: int) -> Tensor:
         """The loss of batch k, 0-d: the mean over the layers that run."""
@@ -213,7 +214,8 @@ class LayerRegression:
         for name, args, kwargs, wanted in seen:
             found = self.layers[name](*args, **kwargs)
             dtype = at_least_single(found.dtype)
-            pair = (unmasked(one.to(found.device, dtype), mask, 1) for one in (found, wanted))
+            given = self.found[name]
+            pair = (rows_of_gradient(given, one.to(found.device, dtype), mask) for one in (found, wanted))
             terms.append(squared_error(*pair))
         if not terms:
             raise ConversionError("layerwise: layers that run; none of them did")

@@ -12,6 +12,8 @@ from .metric import Metric
 
 INPUT_RIDGE, OUTPUT_RIDGE, SHIFT_RIDGE = 1e-2, 1e-1, 1e-1
 """What is added to the diagonal of second moments, relative to its mean: what few data do not show still counts."""
+_NOTHING = 1e-6
+"""Inputs whose variance is less than this share of their squares do not vary."""
 
 
 @dataclass(eq=False)
@@ -80,6 +82,21 @@ class Moments:
         return self.total / self.count
 
     @property
+    def reaches_output(self) -> bool:
+        """Whether the model's output depends on the layer's; as far as gradients were gathered."""
+        return self.outputs is None or bool(self.outputs.any())
+
+    def to(self, device: torch.device | str) -> Moments:
+        """These sums on a device; themselves where they are there."""
+        if self.inputs.device == torch.device(device):
+            return self
+        outputs = None if self.outputs is None else self.outputs.to(device)
+        source = None
+        if self.source is not None:
+            source = Source(self.source.cross.to(device), self.source.total.to(device))
+        return Moments(self.count, self.total.to(device), self.inputs.to(device), outputs, source, self.curves)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all sums."""
         return sum(one.nbytes for one in (self.total, self.inputs, self.outputs) if one is not None)
@@ -134,10 +151,13 @@ class Moments:
         if centered:
             inputs = inputs - self.mean[..., :, None] * self.mean[..., None, :]
             cross = cross - (self.source.total / self.count)[..., :, None] * self.mean[..., None, :]
-        share = ridge * inputs.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        # Of inputs that do not vary, or are zero, nothing can be told.
+        least = _NOTHING * (self.inputs / self.count).diagonal(dim1=-2, dim2=-1).mean(-1)
+        share = torch.maximum(ridge * inputs.diagonal(dim1=-2, dim2=-1).mean(-1), least)
+        share = torch.where(share > 0, share, 1.0)[..., None, None]
         dense = weight.double()
         right = dense @ cross + share * dense
-        found: Tensor = torch.linalg.solve(_ridged(inputs, ridge), right.mT)
+        found: Tensor = torch.linalg.solve(inputs + share * torch.eye(inputs.shape[-1]).to(inputs), right.mT)
         return found.mT.to(weight.dtype)
 
     def bias(self, weight: Tensor, found: Tensor) -> Tensor:
@@ -161,19 +181,29 @@ class Moments:
         inputs = self.inputs / self.count
         if centered and not self.is_lookup:
             inputs = inputs - self.mean[..., :, None] * self.mean[..., None, :]
-        outputs = None if self.outputs is None else _ridged(self.outputs / self.count, output_ridge)
+        outputs = None
+        if self.outputs is not None and self.reaches_output:
+            outputs = _ridged(self.outputs / self.count, output_ridge)
         return Metric(_ridged(inputs, input_ridge), outputs)
 
 
 def _outer(rows: Tensor, others: Tensor | None = None) -> Tensor:
     """The sum of the outer products of (positions, n) or (positions, groups, n), with themselves or with others.
 
-    Of one batch, in at least float32.
+    Of one batch, in at least float32, about the mean, which is added in float64: where inputs vary little about a
+    large mean, what they vary by is not lost.
     """
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     pair = (rows, rows if others is None else others)
     left, right = ((one if one.dim() == 2 else one.movedim(1, 0)).detach().to(wide) for one in pair)
-    return (left.mT @ right).double()
+    count = left.shape[-2]
+    first, second = (one.sum(-2, keepdim=True) / max(count, 1) for one in (left, right))
+    left, right = left - first, right - second
+    found = (left.mT @ right).double()
+    first, second = first.double(), second.double()
+    # Rounded means leave remainders.
+    rest, other = (one.sum(-2, keepdim=True, dtype=torch.float64) for one in (left, right))
+    return found + rest.mT @ second + first.mT @ (other + count * second)
 
 
 def _ridged(form: Tensor, ridge: float) -> Tensor:

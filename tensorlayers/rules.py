@@ -144,7 +144,7 @@ def evbmf_rank(energies: Tensor, rows: int, columns: int) -> int:
         return float(terms + ratio * (taus / ratio + 1).log().sum())
 
     # At most this many components can stand out, so that the others are noise alone.
-    most = max(min(math.ceil(rows / (1 + ratio)) - 1, rows) - 1, 0)
+    most = max(math.ceil(rows / (1 + ratio)) - 1, 0)
     rest = energies[most:] if most < len(energies) else energies[-1:]
     lower = max(float(rest[0]) / (columns * threshold), float(rest.mean()) / columns, total * 1e-30)
     upper = max(total / (rows * columns), lower * (1 + 1e-9))

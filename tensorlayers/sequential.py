@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Mask, attention_mask, call, checked, evaluating
+from .batches import Mask, attention_mask, call, check_finite, checked, evaluating
 from .calibrate import Calibration
 from .errors import ConversionError
 from .moments import Moments, Source
@@ -41,12 +42,12 @@ class LayerByLayer:
         self.found, self.batches, self.mask = found, batches, mask
         self.dense = runnable(model, found.values())
         self.copy = swap(self.dense, {}, inplace=False)
-        self._calls = self._first_calls()
+        self._calls, self._counts = self._ran()
         self._held: dict[str, Moments] = {}
 
     def order(self, names: Sequence[str]) -> list[str]:
         """Names in the order in which the layers run; those that never do come last."""
-        return sorted(names, key=lambda name: self._calls.get(name, (len(self._calls), 0, 0))[0])
+        return sorted(names, key=lambda name: self._calls.get(name, (len(self._calls), 0))[0])
 
     def moments(self, name: str) -> Moments | None:
         """The inputs of a layer in the copy as it is now, beside those in the dense model; None if it never ran.
@@ -56,7 +57,7 @@ class LayerByLayer:
         if name not in self._calls:
             return None
         if name not in self._held:
-            alike = [other for other, (_, key, _) in self._calls.items() if key == self._calls[name][1]]
+            alike = [other for other, (_, key) in self._calls.items() if key == self._calls[name][1]]
             self._held = self._gathered(alike)
         return self._held.pop(name, None)
 
@@ -70,27 +71,37 @@ class LayerByLayer:
                 if child is old:
                     parent._modules[key] = layer
 
-    def _first_calls(self) -> dict[str, tuple[int, int, int]]:
-        """Of each layer that runs: when it is called first, which input that is, and how often it is called."""
-        found: dict[str, tuple[int, int, int]] = {}
-        inputs: list[Tensor] = []  # kept alive, so that no other tensor is taken for one of them
+    def _ran(self) -> tuple[dict[str, tuple[int, int]], list[Counter[str]]]:
+        """Of each layer that runs: when it is called first, and which input that is; how often each is, by batch."""
+        found: dict[str, tuple[int, int]] = {}
+        counts: list[Counter[str]] = []
+        inputs: list[Tensor] = []  # of a batch: kept alive, so that no other tensor is taken for one of them
+        number = 0
 
         def seen(name: str, x: Tensor, result: Any) -> None:
+            nonlocal number
             if not inputs or inputs[-1] is not x:
                 inputs.append(x)
-            place, key, count = found.get(name, (len(found), len(inputs), 0))
-            found[name] = place, key, count + 1
+                number += 1
+            found.setdefault(name, (len(found), number))
+            counts[-1][name] += 1
 
         with evaluating(self.dense), torch.no_grad(), watching(self.dense, self.found, seen):
-            call(self.dense, self.batches[0])
-        return found
+            for batch in self.batches:
+                counts.append(Counter())
+                call(self.dense, batch)
+                inputs.clear()
+        return found, counts
 
     def _gathered(self, names: Sequence[str]) -> dict[str, Moments]:
         made: dict[str, Moments] = {}
         with evaluating(self.dense, self.copy), torch.no_grad():
-            for batch in self.batches:
+            for batch, counts in zip(self.batches, self._counts, strict=True):
+                wanted = {name: counts[name] for name in names if counts[name]}
+                if not wanted:
+                    continue
                 mask = self.mask(batch)
-                before, now = (self._inputs(model, names, batch, mask) for model in (self.dense, self.copy))
+                before, now = (self._inputs(model, wanted, batch, mask) for model in (self.dense, self.copy))
                 for name, rows in now.items():
                     moments = Moments.of(rows, size(self.found[name], "in"))
                     given = before.get(name)
@@ -99,16 +110,20 @@ class LayerByLayer:
                     moments.add_to(made, name)
         return made
 
-    def _inputs(self, model: nn.Module, names: Sequence[str], batch: Any, mask: Tensor | None) -> dict[str, Tensor]:
-        """What each layer's weight multiplies in a batch, masked positions left out."""
-        found: dict[str, list[Tensor]] = {name: [] for name in names}
+    def _inputs(
+        self, model: nn.Module, wanted: Mapping[str, int], batch: Any, mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        """What the weights of layers that are called so often multiply in a batch, masked positions left out."""
+        found: dict[str, list[Tensor]] = {name: [] for name in wanted}
 
         def seen(name: str, x: Tensor, result: Any) -> None:
-            found[name].append(rows_of_input(self.found[name], x, mask))
-            if all(len(rows) >= self._calls[other][2] for other, rows in found.items()):
+            rows = rows_of_input(self.found[name], x, mask)
+            check_finite("batches", name, "activation", rows)
+            found[name].append(rows)
+            if all(len(found[other]) >= count for other, count in wanted.items()):
                 raise _Enough
 
-        with watching(model, names, seen), suppress(_Enough):
+        with watching(model, wanted, seen), suppress(_Enough):
             call(model, batch)
         return {name: torch.cat(rows) for name, rows in found.items() if rows}
 
@@ -160,7 +175,7 @@ class Data:
             known = self.calibration.get(name)
             now = None if self.sequential is None else self.sequential.moments(name)
             if now is not None and known is not None and known.outputs is not None:
-                now.outputs = known.outputs * (now.count / known.count)
+                now.outputs = known.outputs.to(now.inputs.device) * (now.count / known.count)
             one = now or known
             if one is None:
                 return None

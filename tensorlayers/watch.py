@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .batches import unmasked
+from .layers import ProjectedAttention
 from .scan import Found
 from .surgery import swap
 
@@ -19,7 +20,9 @@ Seen = Callable[[str, Tensor, Any], "Tensor | None"]
 
 def runnable(model: nn.Module, found: Iterable[Found]) -> nn.Module:
     """A model in which each layer that was found is a module: itself, or where projections are packed a copy."""
-    unpacked = {id(attention): (attention, parts) for one in found for attention, parts in one.unpacks}
+    attentions = {id(attention): attention for one in found for attention, _ in one.unpacks}
+    # Unpacked anew: what was found is still to be put into the model itself.
+    unpacked = {key: (one, ProjectedAttention.unpack(one, copy_weights=False)) for key, one in attentions.items()}
     return swap(model, {}, False, unpacked) if unpacked else model
 
 
@@ -46,6 +49,22 @@ def watching(model: nn.Module, names: Iterable[str], seen: Seen) -> Iterator[Non
 def size(found: Found, *roles: str) -> int:
     """The product of the axes of some roles."""
     return math.prod(axis.size for axis in found.layer.axes_of(found.settings) if axis.role in roles)
+
+
+def in_parts(found: Found, x: Tensor, mask: Tensor | None, most: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The input of a layer, of a convolution a few images at a time, so that their windows take so many bytes at most.
+
+    A window is as many times a position as the kernel has entries; of padding and strides nothing is known here.
+    """
+    dimensions = sum(axis.role == "kernel" for axis in found.layer.axes_of(found.settings))
+    whole = x.nbytes * size(found, "kernel")
+    if not dimensions or x.dim() != dimensions + 2 or whole <= most or len(x) < 2:
+        yield x, mask
+        return
+    count = max(1, len(x) * most // whole)
+    for start in range(0, len(x), count):
+        parted = mask is not None and len(mask) == len(x)
+        yield x[start : start + count], mask[start : start + count] if mask is not None and parted else mask
 
 
 def rows_of_input(found: Found, x: Tensor, mask: Tensor | None) -> Tensor:

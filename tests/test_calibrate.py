@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tensorlayers import LowRank, calibrate, plan_conversion
 from tensorlayers.calibrate import Calibration, collect
 from tensorlayers.errors import CheckpointError, ConversionError
 from tensorlayers.layers import layer_types
@@ -191,9 +192,96 @@ def test_a_batch_that_raises_leaves_no_trace():
     assert before == Snapshot(model)
 
 
+def test_large_means_do_not_hide_what_varies():
+    x = 300 + torch.randn(4000, 24) * torch.logspace(0, -2, 24)
+    moments = collect(nn.Linear(24, 8), [x[:3000], x[3000:]], gradients=0)[""]
+    found = moments.inputs / moments.count - moments.mean.outer(moments.mean)
+    expected = x.double().T.cov(correction=0)
+    assert float((found - expected).norm()) < 1e-3 * float(expected.norm())
+    assert float(torch.linalg.eigvalsh(found)[0]) > 0
+
+
+def test_activations_whose_squares_overflow():
+    with pytest.raises(ConversionError, match="collect: layer '': every second moment is finite"):
+        collect(nn.Linear(3, 2), [torch.randn(5, 3) * 1e25], gradients=0)
+
+
+def test_a_seed_decides_and_torchs_own_generator_stays():
+    model, batches = Classifier(), sentences()
+    before = torch.get_rng_state()
+    found = [collect(model, batches, seed=seed)["up"].outputs for seed in (1, 1, 2)]
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_layers_that_the_output_does_not_depend_on():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.aside = nn.Linear(6, 6), nn.Linear(6, 5)
+
+        def forward(self, x):
+            h = self.fc(x)
+            return h, self.aside(h)
+
+    found = collect(Model(), [torch.randn(30, 6)])
+    assert found["fc"].reaches_output
+    assert not found["aside"].reaches_output
+    assert found["aside"].outputs.shape == (5, 5)
+
+
+def test_outputs_in_a_dict_are_judged_by_their_logits():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+
+        def forward(self, x):
+            logits = self.fc(x)
+            return {"loss": 0 * logits.sum(), "logits": logits}
+
+    assert collect(Model(), [torch.randn(30, 6)])["fc"].reaches_output
+
+
+def test_windows_are_gathered_in_parts(monkeypatch):
+    model, batches = nn.Conv2d(4, 6, 3, 2, 1), [torch.randn(7, 4, 9, 9)]
+    whole = collect(model, batches)[""]
+    monkeypatch.setattr(calibrate, "PART_BYTES", 9000)
+    parts = collect(model, batches)[""]
+    assert parts.count == whole.count
+    assert_close(parts.inputs, whole.inputs, torch.float32)
+    assert_close(parts.outputs, whole.outputs, torch.float32)
+
+
+def test_folded_layers():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), nn.Linear(6, 4))
+    batches = [torch.randn(30, 6)]
+    assert list(collect(model, batches)) == ["1"]
+    calibration = collect(model, batches, fold=True)
+    assert list(calibration) == ["0", "1"]
+    plan = plan_conversion(model, LowRank(2), calibration=calibration, fold=True, force=True)
+    assert all(0 < entry.output_error < 1 for entry in plan)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradients": 2.5}, "gradients: an integer of at least 0; got 2.5"),
+        ({"gradients": -1}, "gradients: an integer of at least 0; got -1"),
+        ({"max_bytes": None}, "max_bytes: an integer of at least 1; got None"),
+        ({"seed": "a"}, "seed: an integer of at least 0; got 'a'"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ConversionError, match=message):
+        collect(nn.Linear(3, 2), [torch.zeros(4, 3)], **options)
+
+
 @pytest.mark.parametrize(
     ("model", "batches", "message"),
     [
+        (nn.Linear(3, 2, device="meta"), [torch.zeros(4, 3)], "a model with values; this one is on the meta device"),
         (nn.Linear(3, 2), [], "at least one batch; got none"),
         (nn.Linear(3, 2), torch.zeros(4, 3), "an iterable of what the model takes; got Tensor"),
         (nn.Linear(3, 2), {"x": torch.zeros(4, 3)}, "got dict"),

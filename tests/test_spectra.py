@@ -198,6 +198,14 @@ def test_evbmf_recovers_the_rank(rows, columns, rank, noise):
     assert LowRank(EVBMF()).decompose(1e-6 * matrix.T.contiguous()).network.ranks == found
 
 
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(4, 100, 3), (10, 10, 4), (3, 100, 2), (1, 5, 0)])
+def test_evbmf_finds_the_largest_rank_there_can_be(rows, columns, rank):
+    """Of a few values all but noise stand out: at most ceil(L / (1 + L / M)) - 1 of them."""
+    energies = torch.full((rows,), 1e-6, dtype=torch.float64)
+    energies[:rank] = 100.0
+    assert evbmf_rank(energies, rows, columns) == rank
+
+
 def test_evbmf_is_the_global_minimum_of_its_free_energy():
     """Against the free energy of every rank and variance on a grid, written down from the theorem."""
     rows, columns, rank = 30, 50, 4

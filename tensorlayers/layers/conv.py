@@ -140,6 +140,10 @@ class _FactorizedConv(DispatchedLayer):
         return dy if groups == 1 else dy.reshape(*dy.shape[:-1], groups, -1)
 
     @classmethod
+    def positions_a_row(cls, settings: Mapping[str, Any]) -> int:
+        return math.prod(settings["stride"]) if cls.transposed else 1
+
+    @classmethod
     def dense_cost(cls, settings: Mapping[str, Any], rows: int) -> Cost:
         """Of `rows` output positions, of a transposed convolution input positions."""
         weight = math.prod(cls.shape_of(settings))

@@ -50,6 +50,7 @@ def problem(
     weights = [kind.to_axes(kind.weight_of(module).detach(), settings) for module in modules]
     metric = None
     if moments is not None:
+        moments = [one.to(weights[0].device) for one in moments]
         biased = all(getattr(module, "bias", None) is not None for module in modules)
         metric = Moments.pooled(moments).metric(centered=biased)
         weights = [
@@ -63,5 +64,5 @@ def problem(
 
 def mended(bias: Tensor, weight: Tensor, found: Tensor, moments: Moments, axes: Sequence[Axis]) -> Tensor:
     """A bias that makes good for the mean of what a weight and that found in its place, as stored, give."""
-    change = moments.bias(to_matrix(weight, axes), to_matrix(found, axes))
+    change = moments.to(weight.device).bias(to_matrix(weight, axes), to_matrix(found, axes))
     return (bias.double() + change.reshape(bias.shape)).to(bias.dtype)

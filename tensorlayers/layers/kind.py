@@ -158,6 +158,11 @@ class LayerKind(ABC):
         product of the axes of role out."""
         return dy
 
+    @classmethod
+    def positions_a_row(cls, settings: Mapping[str, Any]) -> int:
+        """How many positions, as `columns` counts them, go with a row of those that costs are of."""
+        return 1
+
     @property
     def deviation(self) -> float:
         """The standard deviation that torch draws the dense weight with."""

@@ -20,6 +20,7 @@ from tensorlayers import (
     convert_model,
     layer_times,
     plan_conversion,
+    summarize,
 )
 from tensorlayers.budget import KINDS
 from tensorlayers.formats import Format
@@ -79,6 +80,46 @@ def test_macs_are_weighed_by_positions():
     spent, whole = (sum(entry.macs[side] * positions[entry.name] for entry in plan) for side in (1, 0))
     assert 0.3 * whole < spent <= 0.5 * whole
     assert plan["0"].macs[1] < 0.6 * plan["2"].macs[1]
+
+
+def test_macs_of_a_transposed_convolution():
+    """Whose MACs go with the positions of its input."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ConvTranspose2d(4, 4, 2, 2))
+    calibration = collect(model, [torch.randn(2, 4, 4, 4)])
+    budget = Budget(macs=0.5)
+    entries = summarize(model)
+    found = [budget.costs(entry, calibration[entry.name].count)[0] for entry in entries]
+    assert found == [32 * 16, 32 * 64]
+
+
+def test_layers_that_the_output_does_not_depend_on_get_the_least():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.pool = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            h = self.fc(x)
+            return h, torch.tanh(self.pool(h))
+
+    model = Model()
+    calibration = collect(model, [narrow(200, 32)])
+    plan = plan_conversion(model, LowRank(1.0), budget=Budget(params=0.5), calibration=calibration, force=True)
+    assert plan["pool"].parameters[1] < 0.3 * plan["fc"].parameters[1]
+    assert "does not depend on it" in str(plan)
+
+
+def test_memory_of_layers_that_are_not_trained():
+    entry = next(iter(summarize(nn.Linear(8, 8))))
+    trained, frozen = (Budget(memory=0.5).costs(entry, 1, trained)[0] for trained in (True, False))
+    assert trained == 4 * frozen == 4 * 64
+
+
+def test_times_that_cannot_be_predicted():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    calibration = collect(model, [narrow(200, 64)])
+    with pytest.raises(ConversionError, match="whose time can be predicted, or timed=batch; got none"):
+        plan_conversion(model, LowRank(1.0), budget=Budget(latency=0.5), calibration=calibration, force=True)
 
 
 @pytest.fixture

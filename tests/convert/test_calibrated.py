@@ -6,6 +6,7 @@ from torch import nn
 
 from tensorlayers import TT, ConversionError, FactorizedLinear, LowRank, convert_model
 from tensorlayers.calibrate import collect
+from tensorlayers.layers import FactorizedLayer
 from tests.decomposition import FORMATS
 from tests.snapshot import Snapshot
 
@@ -70,6 +71,8 @@ def test_outputs_are_kept_better(make, cls):
         convert_model(model, **options, batches=batches),
     ]
     assert before == Snapshot(model)
+    names = [[name for name, module in one.named_modules() if isinstance(module, FactorizedLayer)] for one in found]
+    assert names[0] == names[1] == names[2] == names[3]
     for converted in found:
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in converted.modules())
         assert converted.training
@@ -89,6 +92,35 @@ def test_layers_that_never_run_keep_their_weights():
         assert torch.equal(found[0].spare.to_dense(), plain[0].spare.to_dense())
         assert found[0].spare.output_error is None
         assert 0 < found[0].out.output_error < 1
+
+
+def test_layers_that_only_some_batches_run():
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(24, 24), nn.Linear(24, 24)
+
+        def forward(self, x):
+            return self.a(x) if len(x) == 20 else self.b(self.b(self.a(x)))
+
+    model = Either()
+    found = convert_model(model, LowRank(0.4), force=True, batches=[narrow(20, 24), narrow(30, 24), narrow(20, 24)])
+    assert 0 < found.a.output_error < 1
+    assert 0 < found.b.output_error < 1
+
+
+@pytest.mark.parametrize("bias", [-100.0, 0.0])
+def test_inputs_that_do_not_vary(bias):
+    """All zero after a ReLU that never opens, or one vector for all: nothing can be told, and the weight is kept."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24))
+    model[0].bias.data.fill_(bias)
+    batches = [torch.ones(40, 24) for _ in range(3)]
+    for calibration in (None, collect(model, batches)):
+        found = convert_model(model, LowRank(0.9), force=True, calibration=calibration, batches=batches)
+        for k in (0, 2, 4):
+            assert found[k].to_dense().norm() < 2 * model[k].weight.norm()
+        assert error(model, found, batches[0]) < 1e-3
 
 
 def test_errors_do_not_pile_up():
@@ -135,6 +167,7 @@ def test_a_batch_that_raises_changes_nothing():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"batches": [torch.full((2, 3, 24), torch.nan)]}, "batches: layer '0.query': every activation is finite"),
         ({"calibration": {"0": 1}}, "calibration: what `collect` returns; got dict"),
         ({"batches": []}, "convert_model: at least one batch; got none"),
         ({"batches": torch.zeros(3, 24)}, "convert_model: batches are an iterable"),

@@ -115,6 +115,16 @@ def test_what_is_masked_does_not_count():
     assert_close(regression(1), regression(0), torch.float32)
 
 
+def test_a_mask_is_of_positions_wherever_they_stand():
+    """Of a convolution they come last: with as many channels as positions no shape tells them apart."""
+    model, teacher = pair(LowRank(0.4), lambda: nn.Sequential(nn.Conv1d(6, 6, 3, padding=1)))
+    x, mask = torch.randn(4, 6, 6), torch.arange(6) < torch.tensor([[2], [3], [6], [1]])
+    found = float(LayerRegression(model, teacher, [x], lambda batch: mask)(0))
+    with torch.no_grad():
+        y, wanted = (one(x).mT[mask] for one in (model, teacher))
+    assert found == pytest.approx(float(((y - wanted).norm() / wanted.norm()) ** 2), rel=1e-5)
+
+
 def test_an_output_may_take_the_batch():
     model, teacher = pair(LowRank(0.4), Sentences)
     batch = sentences(1)[0]
