@@ -3,7 +3,7 @@
     python benchmarks/language.py train --out DIRECTORY
     python benchmarks/language.py table --model DIRECTORY --out benchmarks/language.json
 
-`train` takes about forty minutes on one core and goes on where it stopped. `table` then removes 20, 40, 60 and 80 % of
+`train` takes about forty minutes on one core and goes on where it stopped. `table` then removes 20, 40 and 60 % of
 the parameters in the linear layers of the blocks (not the embedding, which is the head) and states the perplexity on
 modules that neither the model nor a conversion has seen: by plain SVD; by SVD in the metric of the layers' inputs
 (whitened); layer after layer, in the metric of inputs and of the output's gradients, at a uniform share and by one

@@ -49,7 +49,7 @@ class Choices:
     distilling_rate : float
     """
 
-    removed: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
+    removed: tuple[float, ...] = (0.2, 0.4, 0.6)
     calibration: int = 128
     test: int = 512
     minutes: float = 2.0

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,13 @@ def trained(benchmark, tmp_path_factory):
     out = tmp_path_factory.mktemp("language") / "model"
     settings = benchmark.language_model.Settings(**TINY, tokens=40 * 64, rate=1e-2)
     return out, benchmark.language_model.train(out, settings, every=10, test_windows=8)
+
+
+def test_the_command_for_all_tables_calls_scripts_that_there_are(tmp_path):
+    accuracy = runpy.run_path(str(FOLDER / "accuracy.py"))
+    made = accuracy["commands"](tmp_path, tmp_path / "model")
+    assert {command[0] for command in made} == {"encoder.py", "language.py", "digits_budget.py"}
+    assert all((FOLDER / command[0]).exists() for command in made)
 
 
 def test_training_lowers_the_held_out_loss(trained):

@@ -119,7 +119,7 @@ def test_a_mask_is_of_positions_wherever_they_stand():
     """Of a convolution they come last: with as many channels as positions no shape tells them apart."""
     model, teacher = pair(LowRank(0.4), lambda: nn.Sequential(nn.Conv1d(6, 6, 3, padding=1)))
     x, mask = torch.randn(4, 6, 6), torch.arange(6) < torch.tensor([[2], [3], [6], [1]])
-    found = float(LayerRegression(model, teacher, [x], lambda batch: mask)(0))
+    found = float(LayerRegression(model, teacher, [x], lambda batch: mask)(0).detach())
     with torch.no_grad():
         y, wanted = (one(x).mT[mask] for one in (model, teacher))
     assert found == pytest.approx(float(((y - wanted).norm() / wanted.norm()) ** 2), rel=1e-5)
