@@ -18,6 +18,7 @@ import argparse
 import copy
 import importlib.util
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ class Row:
     share : float
         Of the parameters of its matrices.
     format : str
-        One of `FORMATS`; "dense": fewer blocks.
+        One of `FORMATS`; "dense": fewer blocks, and neurons.
     how : {"weights", "uniform", "budget", "distilled"}
         Fitted to the weights alone; to data, every layer with the same share; to data, within one budget; trained.
     """
@@ -199,11 +200,22 @@ class Bench:
         return convert_model(self.model, plan, calibration=self.calibration, batches=self.batches, progress=True)
 
     def smaller(self, row: Row) -> nn.Module:
-        """The encoder with as many of its blocks as the share has parameters for, spread evenly."""
+        """The encoder with fewer blocks, spread evenly, and these of fewer neurons where blocks alone do not fit."""
         model = copy.deepcopy(self.model)
         blocks = model.encoder.encoder.layer
-        count = max(1, int(row.share * len(blocks) + 1e-9))
-        model.encoder.encoder.layer = nn.ModuleList(blocks[round(k * len(blocks) / count)] for k in range(count))
+        count = math.ceil(row.share * len(blocks) - 1e-9)
+        kept = nn.ModuleList(blocks[round(k * len(blocks) / count)] for k in range(count))
+        budget = row.share * matrices(self.model) / count
+        for block in kept:
+            up, down = block.intermediate.dense, block.output.dense
+            size = sum(p.numel() for p in block.parameters() if p.dim() > 1)
+            spare = max(0, math.ceil((size - budget) / (up.in_features + down.out_features) - 1e-9))
+            weighs = up.weight.norm(dim=1) * down.weight.norm(dim=0)
+            best = weighs.topk(len(weighs) - spare).indices.sort().values
+            up.weight, up.bias = nn.Parameter(up.weight[best].detach()), nn.Parameter(up.bias[best].detach())
+            down.weight = nn.Parameter(down.weight[:, best].detach())
+            up.out_features = down.in_features = len(best)
+        model.encoder.encoder.layer = kept
         return model
 
 
