@@ -12,7 +12,7 @@ from .metric import Metric
 
 INPUT_RIDGE, OUTPUT_RIDGE, SHIFT_RIDGE = 1e-2, 1e-1, 1e-1
 """What is added to the diagonal of second moments, relative to its mean: what few data do not show still counts."""
-_NOTHING = 1e-6
+_NOTHING = 1e-10
 """Inputs whose variance is less than this share of their squares do not vary."""
 
 
