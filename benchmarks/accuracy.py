@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy.py
 
-That takes about four hours on two cores (twenty minutes of them to train the language model), and goes on where it was
+That takes about three hours on two cores (twenty minutes of them to train the language model), and goes on where it was
 interrupted: rows that stand in a file are not computed again. Any of the three alone: `encoder.py`, `language.py`,
 `digits_budget.py`, each of which says what it does.
 """

@@ -173,6 +173,7 @@ def levels(
     weight, axes, metric = problem(layer_type(entry.layer), [found.dense], [moments])
     assert metric is not None
     content = (*weight.shape, float(weight.double().sum()), float(weight.double().norm()))
+    weighs = moments.count if moments.reaches_output else 0.0
     made = [Level(costs(entry)[0], 0.0, None)]
     for format in formats:
         candidates: dict[tuple[int, ...], tuple[Format, float, float]] = {}
@@ -194,7 +195,7 @@ def levels(
         if key not in moments.curves:
             moments.curves[key] = most.losses(weight, axes, metric, ranks, swept)
         for (pinned, cost, _), error in zip(candidates.values(), moments.curves[key], strict=True):
-            made.append(Level(cost, moments.count * error * moments.reaches_output, pinned))
+            made.append(Level(cost, weighs * error, pinned))
     return made
 
 

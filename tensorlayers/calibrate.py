@@ -18,6 +18,7 @@ from .batches import Mask, attention_mask, call, check_finite, checked, evaluati
 from .errors import CheckpointError, ConversionError
 from .files import replaced
 from .moments import Moments
+from .randomness import seeded
 from .scan import Found, scan
 from .watch import in_parts, rows_of_gradient, rows_of_input, runnable, size, watching
 
@@ -170,9 +171,7 @@ def collect(
             "batches that can be gone over again, such as a list; got an iterator"
         )
     held: dict[str, Moments] = {}
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with evaluating(runs), torch.random.fork_rng(sorted(devices, key=str)):
-        torch.manual_seed(seed)
+    with evaluating(runs), seeded(seed, {parameter.device for parameter in model.parameters()}):
         for number, part in enumerate(parts, 1):
             what = f"calibrating {number}/{len(parts)}" if len(parts) > 1 else "calibrating"
             ran = False
@@ -185,10 +184,8 @@ def collect(
     for name, moments in held.items():
         check_finite("collect", name, "second moment", moments.inputs)
         if gradients and moments.outputs is None:  # the model's output does not depend on it
-            groups, outs = size(layers[name], "group"), size(layers[name], "out")
-            lead = moments.inputs.shape[:-2] if moments.inputs.dim() == 3 else ()
-            assert not lead or lead == (groups,)
-            moments.outputs = moments.inputs.new_zeros(*lead, outs, outs)
+            outs = size(layers[name], "out")
+            moments.outputs = moments.inputs.new_zeros(*moments.inputs.shape[:-2], outs, outs)
         if moments.outputs is not None:
             check_finite("collect", name, "second moment of gradients", moments.outputs)
     return Calibration({name: held[name] for name in layers if name in held}, [n for n in layers if n not in held])

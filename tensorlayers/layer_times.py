@@ -52,10 +52,12 @@ class LayerTimes:
     def seconds(self, found: Found, format: Format | None) -> tuple[float, float]:
         """Of all its calls in a forward, as the dense layer and in a format; nothing where it did not run."""
         calls = self._taken[found.name]
-        shapes = [tuple(x.shape) for args, kwargs in calls for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        key = (found.layer, *sorted(map(str, found.settings.items())), str(format), *shapes)
         if not calls:
             return 0.0, 0.0
+        shapes = [
+            (x.dtype, *x.shape) for args, kwargs in calls for x in (*args, *kwargs.values()) if isinstance(x, Tensor)
+        ]
+        key = (found.layer, *sorted(map(str, found.settings.items())), str(format), *shapes)
         if key not in self._times:
             modules: dict[bool, nn.Module] = {False: found.dense}
             if format is not None:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .errors import CheckpointError, ConversionError
 from .files import replaced
+from .randomness import seeded
 from .schedule import Schedule
 
 _VERSION = 1
@@ -96,9 +97,7 @@ class Training:
             If the checkpoint is damaged, or of another model, data or options.
         """
         state, schedule = self.state, self.schedule
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self._restoring_best():
-            torch.manual_seed(schedule.seed)
+        with seeded(schedule.seed, [self.device]), self._restoring_best():
             if checkpoint is not None and checkpoint.exists():
                 state = self.state = self._load(checkpoint)
             start = time.monotonic() - state.elapsed

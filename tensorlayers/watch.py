@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .batches import unmasked
@@ -62,9 +63,8 @@ def in_parts(found: Found, x: Tensor, mask: Tensor | None, most: int) -> Iterato
         yield x, mask
         return
     count = max(1, len(x) * most // whole)
-    for start in range(0, len(x), count):
-        parted = mask is not None and len(mask) == len(x)
-        yield x[start : start + count], mask[start : start + count] if mask is not None and parted else mask
+    masks = [mask] * len(x) if mask is None or len(mask) != len(x) else torch.split(mask, count)
+    yield from zip(torch.split(x, count), masks, strict=False)
 
 
 def rows_of_input(found: Found, x: Tensor, mask: Tensor | None) -> Tensor:

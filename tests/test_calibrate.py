@@ -12,6 +12,7 @@ from tensorlayers.calibrate import Calibration, collect
 from tensorlayers.errors import CheckpointError, ConversionError
 from tensorlayers.layers import layer_types
 from tensorlayers.testing import assert_close
+from tests.models import Aside
 from tests.snapshot import Snapshot
 
 
@@ -216,19 +217,10 @@ def test_a_seed_decides_and_torchs_own_generator_stays():
 
 
 def test_layers_that_the_output_does_not_depend_on():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc, self.aside = nn.Linear(6, 6), nn.Linear(6, 5)
-
-        def forward(self, x):
-            h = self.fc(x)
-            return h, self.aside(h)
-
-    found = collect(Model(), [torch.randn(30, 6)])
+    found = collect(Aside(), [torch.randn(30, 32)])
     assert found["fc"].reaches_output
     assert not found["aside"].reaches_output
-    assert found["aside"].outputs.shape == (5, 5)
+    assert found["aside"].outputs.shape == (31, 31)
 
 
 def test_outputs_in_a_dict_are_judged_by_their_logits():

@@ -65,7 +65,7 @@ ORDER = [
     {"launch_tables"},
     {"cost"},
     {"network", "machine", "timing", "activation", "training"},
-    {"errors", "files", "schedule"},
+    {"errors", "files", "schedule", "randomness"},
 ]
 
 

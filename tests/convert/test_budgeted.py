@@ -24,8 +24,8 @@ from tensorlayers import (
 )
 from tensorlayers.budget import KINDS
 from tensorlayers.formats import Format
-from tests.convert.test_calibrated import Block, blocks, error, images, narrow
 from tests.decomposition import FORMATS
+from tests.models import Aside, Block, Sometimes, blocks, error, images, narrow
 from tests.snapshot import Snapshot
 
 
@@ -93,19 +93,10 @@ def test_macs_of_a_transposed_convolution():
 
 
 def test_layers_that_the_output_does_not_depend_on_get_the_least():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc, self.pool = nn.Linear(32, 32), nn.Linear(32, 32)
-
-        def forward(self, x):
-            h = self.fc(x)
-            return h, torch.tanh(self.pool(h))
-
-    model = Model()
+    model = Aside()
     calibration = collect(model, [narrow(200, 32)])
     plan = plan_conversion(model, LowRank(1.0), budget=Budget(params=0.5), calibration=calibration, force=True)
-    assert plan["pool"].parameters[1] < 0.3 * plan["fc"].parameters[1]
+    assert plan["aside"].parameters[1] < 0.3 * plan["fc"].parameters[1]
     assert "does not depend on it" in str(plan)
 
 
@@ -152,17 +143,9 @@ def test_a_latency_is_measured_on_a_batch(timed):
 
 
 def test_what_did_not_run_in_the_timed_batch_takes_no_time(timed):
-    class Either(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.ran, self.idle = nn.Linear(64, 64), nn.Linear(64, 64)
-
-        def forward(self, x):
-            return self.ran(input=x) if x.shape[1] == 5 else self.idle(self.ran(x))
-
-    model = Either()
-    calibration = collect(model, [torch.randn(40, 9, 64)])
-    budget = Budget(latency=0.5, timed=torch.randn(3, 5, 64))
+    model = Sometimes(64)
+    calibration = collect(model, [torch.randn(400, 64)])
+    budget = Budget(latency=0.5, timed=torch.randn(5, 64))
     plan = plan_conversion(model, LowRank(1.0), budget=budget, calibration=calibration, force=True, errors=False)
     assert [entry.converted for entry in plan] == [True, False]
 

@@ -8,51 +8,10 @@ from tensorlayers import TT, ConversionError, FactorizedLinear, LowRank, convert
 from tensorlayers.calibrate import collect
 from tensorlayers.layers import FactorizedLayer
 from tests.decomposition import FORMATS
+from tests.models import Sometimes, blocks, encoder, error, images, narrow
 from tests.snapshot import Snapshot
 
-
-class Block(nn.Module):
-    """Three layers on one input, one after them, and one that never runs."""
-
-    def __init__(self, width=24):
-        super().__init__()
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
-        self.out, self.spare = nn.Linear(width, width), nn.Linear(width, width)
-
-    def forward(self, x):
-        weights = (self.query(x) @ self.key(x).mT / 4).softmax(-1)
-        return x + torch.tanh(self.out(weights @ self.value(x)))
-
-
-def blocks():
-    return nn.Sequential(Block(), Block(), nn.Linear(24, 24)), lambda n: narrow(n, 7, 24)
-
-
-def images():
-    model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(16, 16, 3, 2), nn.ReLU(), nn.Flatten(),
-        nn.Linear(144, 24),
-    )  # fmt: skip
-    return model, lambda n: torch.randn(n, 3, 8, 8).cumsum(2).cumsum(3) / 8
-
-
-def encoder():
-    layer = nn.TransformerEncoderLayer(24, 2, 48, dropout=0.3, batch_first=True)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), lambda n: narrow(n, 5, 24)
-
-
-def narrow(*shape):
-    """Of which some directions vary little."""
-    return torch.randn(*shape) * torch.logspace(0, -1.5, shape[-1]) + torch.linspace(-1, 1, shape[-1])
-
-
 MODELS = {"blocks": blocks, "images": images, "encoder": encoder}
-
-
-def error(model, converted, x):
-    with torch.no_grad():
-        y = model.eval()(x)
-        return float((converted.eval()(x) - y).norm() / y.norm())
 
 
 @pytest.mark.parametrize("cls", FORMATS)
@@ -95,18 +54,10 @@ def test_layers_that_never_run_keep_their_weights():
 
 
 def test_layers_that_only_some_batches_run():
-    class Either(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(24, 24), nn.Linear(24, 24)
-
-        def forward(self, x):
-            return self.a(x) if len(x) == 20 else self.b(self.b(self.a(x)))
-
-    model = Either()
-    found = convert_model(model, LowRank(0.4), force=True, batches=[narrow(20, 24), narrow(30, 24), narrow(20, 24)])
-    assert 0 < found.a.output_error < 1
-    assert 0 < found.b.output_error < 1
+    batches = [narrow(20, 24), narrow(30, 24), narrow(20, 24)]
+    found = convert_model(Sometimes(), LowRank(0.4), force=True, batches=batches)
+    assert 0 < found.always.output_error < 1
+    assert 0 < found.sometimes.output_error < 1
 
 
 @pytest.mark.parametrize("bias", [-100.0, 0.0])
