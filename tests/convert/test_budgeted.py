@@ -256,7 +256,7 @@ def test_a_plan_states_the_errors_of_what_it_gives(make, cls):
     assert "of output" in str(plan)
     again = ConversionPlan.from_json(plan.to_json())
     assert [entry.output_error for entry in again] == [entry.output_error for entry in plan]
-    assert "of output" not in str(plan_conversion(model, cls(0.4), force=True))
+    assert "of output" not in str(plan_conversion(model, LowRank(0.4), force=True))
 
 
 def test_little_data_is_stated():
